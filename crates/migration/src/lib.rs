@@ -1,1 +1,49 @@
-//! placeholder
+//! A migration: the one crate that knows that a container changes hands.
+//!
+//! [`depart`] runs in the shim that owns the container, [`arrive`] in the shim
+//! that waits for it; both speak over one [`transship_link::Channel`]. What a
+//! container *is* stays behind two traits, [`Source`] and [`Target`], so that
+//! both ends also run in one process with fakes (`fake`).
+//!
+//! ```text
+//!   source                                   target
+//!   ------                                   ------
+//!   OCI runtime started, held at the gate
+//!   Manifest          ───────────────────▶   checks the ticket
+//!                     ◀───────────────────   Waiting
+//!   Pass 1..n (runs)  ───────────────────▶   applies
+//!                     ◀───────────────────   PassDone; OCI runtime started, held
+//!   freeze
+//!   last Pass, images ───────────────────▶   restores up to `pre-resume`
+//!                                            journal: prepared
+//!                     ◀───────────────────   Prepared
+//!   journal: committed
+//!   Commit            ───────────────────▶   journal: running; releases
+//!                     ◀───────────────────   Running
+//!   journal: departed
+//!   ends its tasks
+//! ```
+//!
+//! Who may run the container when is `docs/handoff.md`; [`handoff`] makes the
+//! wrong order a compile error.
+#![forbid(unsafe_code)]
+
+#[cfg(test)]
+mod both_ends;
+mod error;
+#[cfg(any(test, feature = "fake"))]
+pub mod fake;
+pub mod handoff;
+pub mod journal;
+mod lanes;
+mod limits;
+mod phase;
+mod source;
+mod target;
+
+pub use error::{DepartError, MigrationError, chain};
+pub use journal::Journal;
+pub use phase::{Phase, Stopwatch};
+pub use source::{Departure, Progress, Source, depart, settle};
+pub use target::{Target, arrive};
+pub use transship_api::session::{Manifest, Remembered};

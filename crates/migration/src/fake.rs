@@ -1,0 +1,214 @@
+//! A container that is only a directory and a counter, for tests of the
+//! hand-over without CRIU. It fails where it is told to.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use async_trait::async_trait;
+use transship_rootfs::Layer;
+use transship_types::{Epoch, MigrationId, Ticket};
+
+use crate::{
+    Journal, Manifest, MigrationError, Source, Target,
+    journal::{Role, Subject},
+};
+
+/// The steps of both ends in which a fake can fail.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    Prepare,
+    Freeze,
+    Dump,
+    Guard,
+    TargetPrepare,
+    Restore,
+    Resume,
+    Discard,
+}
+
+impl Step {
+    pub const ALL: [Step; 8] = [
+        Step::Prepare,
+        Step::Freeze,
+        Step::Dump,
+        Step::Guard,
+        Step::TargetPrepare,
+        Step::Restore,
+        Step::Resume,
+        Step::Discard,
+    ];
+}
+
+fn fail(fails: Option<Step>, step: Step) -> Result<(), MigrationError> {
+    if fails == Some(step) {
+        return Err(MigrationError::runtime("fake", format!("{step:?} fails as asked")));
+    }
+    Ok(())
+}
+
+/// Names for a migration between two fakes.
+pub fn subject(role: Role) -> Subject {
+    Subject {
+        role,
+        migration: MigrationId::from_random([7; 16]),
+        ticket: Ticket::from_random([9; 16]),
+        namespace: "default".into(),
+        container: "fake".into(),
+        peer: "b".parse().expect("a node name"),
+        epoch: Epoch(1),
+    }
+}
+
+pub fn manifest() -> Manifest {
+    let subject = subject(Role::Source);
+    Manifest {
+        migration: subject.migration.to_string(),
+        ticket: subject.ticket.to_string(),
+        container: subject.container,
+        epoch: subject.epoch.0,
+        remembered: None,
+        descriptors: String::new(),
+    }
+}
+
+/// A running container at its source.
+#[derive(Debug)]
+pub struct FakeSource {
+    pub running: Arc<AtomicBool>,
+    pub ended: bool,
+    pub fails: Option<Step>,
+    images: PathBuf,
+}
+
+impl FakeSource {
+    /// `images` stands for what CRIU writes.
+    pub fn new(images: &Path, fails: Option<Step>) -> Self {
+        let running = Arc::new(AtomicBool::new(true));
+        Self { running, ended: false, fails, images: images.into() }
+    }
+
+    pub fn is_running(&self) -> bool {
+        self.running.load(Ordering::SeqCst)
+    }
+}
+
+#[async_trait]
+impl Source for FakeSource {
+    fn layer(&self) -> Option<Layer> {
+        None
+    }
+
+    fn images(&self) -> PathBuf {
+        self.images.clone()
+    }
+
+    async fn prepare(&mut self) -> Result<(), MigrationError> {
+        fail(self.fails, Step::Prepare)
+    }
+
+    fn descriptors(&self) -> Result<String, MigrationError> {
+        Ok("[]".into())
+    }
+
+    async fn freeze(&mut self) -> Result<(), MigrationError> {
+        fail(self.fails, Step::Freeze)?;
+        self.running.store(false, Ordering::SeqCst);
+        Ok(())
+    }
+
+    async fn dump(&mut self) -> Result<(), MigrationError> {
+        fail(self.fails, Step::Dump)?;
+        fs::write(self.images.join("pages-1.img"), vec![42; 3 << 20])
+            .and_then(|()| fs::write(self.images.join("core-1.img"), b"registers"))
+            .map_err(|source| MigrationError::Image { name: "pages-1.img".into(), source })
+    }
+
+    async fn guard(&mut self) -> Result<(), MigrationError> {
+        fail(self.fails, Step::Guard)
+    }
+
+    async fn thaw(&mut self) -> Result<(), MigrationError> {
+        assert!(!self.ended, "a container that has left cannot be thawed");
+        self.running.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+
+    async fn leave(&mut self) -> Result<(), MigrationError> {
+        assert!(!self.is_running(), "a container must stand still when it leaves");
+        self.ended = true;
+        Ok(())
+    }
+}
+
+/// A container that may run here.
+#[derive(Debug)]
+pub struct FakeTarget {
+    pub running: bool,
+    pub fails: Option<Step>,
+    images: PathBuf,
+    journals: PathBuf,
+}
+
+impl FakeTarget {
+    pub fn new(directory: &Path, fails: Option<Step>) -> Self {
+        let (images, journals) = (directory.join("images"), directory.join("journal"));
+        fs::create_dir_all(&images).expect("a directory for images");
+        Self { running: false, fails, images, journals }
+    }
+
+    /// Whether nothing of an arrival is left.
+    pub fn is_clean(&self) -> bool {
+        let empty = |path: &Path| {
+            fs::read_dir(path).map(|mut entries| entries.next().is_none()).unwrap_or(true)
+        };
+        empty(&self.images) && empty(&self.journals)
+    }
+}
+
+#[async_trait]
+impl Target for FakeTarget {
+    fn root(&self) -> PathBuf {
+        self.images.clone()
+    }
+
+    fn images(&self) -> PathBuf {
+        self.images.clone()
+    }
+
+    async fn prepare(&mut self, _manifest: &Manifest) -> Result<(), MigrationError> {
+        fail(self.fails, Step::TargetPrepare)
+    }
+
+    async fn restore(&mut self) -> Result<(), MigrationError> {
+        fail(self.fails, Step::Restore)?;
+        let pages = fs::read(self.images.join("pages-1.img"))
+            .map_err(|source| MigrationError::Image { name: "pages-1.img".into(), source })?;
+        assert!(pages.len() == 3 << 20 && pages.iter().all(|byte| *byte == 42));
+        Ok(())
+    }
+
+    async fn resume(&mut self) -> Result<u32, MigrationError> {
+        fail(self.fails, Step::Resume)?;
+        self.running = true;
+        Ok(4242)
+    }
+
+    async fn discard(&mut self) -> Result<(), MigrationError> {
+        fail(self.fails, Step::Discard)?;
+        self.running = false;
+        for entry in fs::read_dir(&self.images).into_iter().flatten().flatten() {
+            let _ = fs::remove_file(entry.path());
+        }
+        Ok(())
+    }
+
+    fn journal(&self, _manifest: &Manifest) -> Result<Journal, MigrationError> {
+        Journal::create(&self.journals, subject(Role::Target))
+    }
+}

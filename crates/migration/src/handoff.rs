@@ -1,0 +1,98 @@
+//! The hand-over as types: who may run the container, step by step.
+//!
+//! ```text
+//!             promise()                 Accepted
+//!   Frozen ─────────────▶ Promised ───────────────▶ Departed   (ends its tasks)
+//!     │  (journal first)      │ Refused
+//!     │ drop, stay_home()     ├────────────────────▶ StayedHome (thawed)
+//!     ▼                       │ Silence
+//!   runs on here              └────────────────────▶ InDoubt    (stays frozen)
+//! ```
+//!
+//! A [`Frozen`] container is promised to nobody: it can only be thawed or
+//! promised. A [`Promised`] one cannot be thawed any more by this side alone.
+
+use crate::{MigrationError, Source};
+
+/// Stopped, promised to nobody. Whoever holds it must call [`Frozen::stay_home`]
+/// or [`Frozen::promise`]; a process that dies instead has the effect of the
+/// former, because CRIU's socket closes and CRIU lets the tasks run again.
+#[must_use = "a frozen container must be thawed or promised"]
+pub struct Frozen<'a, S: Source>(&'a mut S);
+
+impl<'a, S: Source> Frozen<'a, S> {
+    /// The container has been frozen by the caller just now.
+    pub(crate) fn new(source: &'a mut S) -> Self {
+        Self(source)
+    }
+
+    /// Nothing was promised: run on here.
+    pub async fn stay_home(self) -> Result<(), MigrationError> {
+        self.0.thaw().await
+    }
+
+    /// The commit is on disk; from here on only the target's answer decides.
+    /// The [`crate::journal::Committed`] is the proof that it was written.
+    pub async fn promise(
+        self,
+        _proof: crate::journal::Committed,
+    ) -> Result<Promised<'a, S>, (Self, MigrationError)> {
+        match self.0.guard().await {
+            Ok(()) => Ok(Promised(self.0)),
+            Err(error) => Err((self, error)),
+        }
+    }
+}
+
+/// The commit may have been sent: this side must not run the container.
+#[must_use = "a promised container must be settled"]
+pub struct Promised<'a, S: Source>(&'a mut S);
+
+/// What came back after the commit.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Answer {
+    /// The target runs it.
+    Accepted,
+    /// The target does not run it and never will; it says so itself.
+    Refused,
+    /// Nothing, or nothing that proves either.
+    Silence,
+}
+
+/// The three endings of a migration that froze its container.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ending {
+    /// It runs on the target; the tasks here have ended.
+    Departed,
+    /// It runs here.
+    StayedHome,
+    /// It is frozen here, and may run there.
+    InDoubt,
+}
+
+impl Ending {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Ending::Departed => "departed",
+            Ending::StayedHome => "stayed-home",
+            Ending::InDoubt => "in-doubt",
+        }
+    }
+}
+
+impl<'a, S: Source> Promised<'a, S> {
+    /// A container that was left frozen because the answer did not come.
+    pub(crate) fn in_doubt(source: &'a mut S) -> Self {
+        Self(source)
+    }
+
+    /// The answer decides the ending; the result says whether what follows
+    /// from it here went well.
+    pub async fn settle(self, answer: Answer) -> (Ending, Result<(), MigrationError>) {
+        match answer {
+            Answer::Accepted => (Ending::Departed, self.0.leave().await),
+            Answer::Refused => (Ending::StayedHome, self.0.thaw().await),
+            Answer::Silence => (Ending::InDoubt, Ok(())),
+        }
+    }
+}

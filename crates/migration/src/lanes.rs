@@ -1,0 +1,258 @@
+//! Bulk data between blocking files and the link: passes over the writable
+//! layer, and CRIU's images. Files are read and written on a thread of their
+//! own; a short queue in between bounds the memory and couples both speeds.
+
+use std::{
+    fs::{self, File},
+    io::{self, Read, Write},
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use bytes::Bytes;
+use tokio::{sync::mpsc, task};
+use transship_api::session::{Image, ImagesEnd, Pass, PassEnd, ShimMessage, shim_message::Message};
+use transship_link::{BoxRead, BoxWrite};
+use transship_rootfs::{Index, Layer, Receiver, Totals};
+use transship_wire::{Reader, Writer};
+
+use crate::{MigrationError, limits};
+
+/// Chunks on their way between file and link: eight of up to 1 MiB.
+const QUEUE: usize = 8;
+
+/// One chunk of an image; as large as a data frame may be.
+const CHUNK: usize = 1 << 20;
+
+/// A joined thread that panicked is our own mistake; say where.
+fn joined<T>(result: Result<T, task::JoinError>) -> T {
+    result.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
+}
+
+pub(crate) async fn say(
+    writer: &mut Writer<BoxWrite>,
+    message: Message,
+) -> Result<(), MigrationError> {
+    writer.control(&ShimMessage { message: Some(message) }).await?;
+    writer.flush().await?;
+    Ok(())
+}
+
+pub(crate) async fn hear(reader: &mut Reader<BoxRead>) -> Result<Message, MigrationError> {
+    let message: ShimMessage = reader.control().await?;
+    message.message.ok_or_else(|| MigrationError::malformed("a message of unknown kind"))
+}
+
+/// Sends one pass over the layer: everything, or what changed since `before`.
+pub(crate) async fn send_pass(
+    writer: &mut Writer<BoxWrite>,
+    layer: &Layer,
+    pass: Pass,
+    before: Option<Arc<Index>>,
+) -> Result<(Arc<Index>, Totals), MigrationError> {
+    writer.control(&ShimMessage { message: Some(Message::Pass(pass)) }).await?;
+    let (queue, mut chunks) = mpsc::channel::<Bytes>(QUEUE);
+    let layer = layer.clone();
+    let walk = task::spawn_blocking(move || {
+        let mut sink = |bytes: &[u8]| {
+            let gone = || io::Error::new(io::ErrorKind::BrokenPipe, "the link is gone");
+            queue.blocking_send(Bytes::copy_from_slice(bytes)).map_err(|_| gone())
+        };
+        transship_rootfs::send(&layer, before.as_deref(), &mut sink)
+    });
+    let mut sent = Ok(());
+    while let Some(chunk) = chunks.recv().await {
+        sent = writer.data(&chunk).await;
+        if sent.is_err() {
+            break;
+        }
+    }
+    drop(chunks);
+    let walked = joined(walk.await);
+    // The link's error is the cause; the walk then only saw its queue close.
+    sent?;
+    let (index, totals) = walked?;
+    writer.end_data().await?;
+    let end = PassEnd { entries: totals.entries, bytes: totals.bytes };
+    say(writer, Message::PassEnd(end)).await?;
+    Ok((Arc::new(index), totals))
+}
+
+/// Applies one pass to the container's root.
+pub(crate) async fn receive_pass(
+    reader: &mut Reader<BoxRead>,
+    root: &Path,
+) -> Result<Totals, MigrationError> {
+    let (queue, mut chunks) = mpsc::channel::<Bytes>(QUEUE);
+    let root = root.to_path_buf();
+    let apply = task::spawn_blocking(move || {
+        let mut receiver = Receiver::new(&root)?;
+        while let Some(chunk) = chunks.blocking_recv() {
+            receiver.feed(&chunk)?;
+        }
+        receiver.finish()
+    });
+    let received = forward(reader, queue).await;
+    let applied = joined(apply.await);
+    match (received, applied) {
+        (Ok(true), Ok(totals)) => match hear(reader).await? {
+            Message::PassEnd(_) => Ok(totals),
+            _ => Err(MigrationError::malformed("a pass without its end")),
+        },
+        // The applying thread stopped listening, or did not like the end.
+        (_, Err(error)) => Err(error.into()),
+        (Err(error), _) => Err(error),
+        (Ok(false), Ok(_)) => Err(MigrationError::malformed("data after the end of a pass")),
+    }
+}
+
+/// Data frames into the queue, up to the end mark; false if nobody listens.
+async fn forward(
+    reader: &mut Reader<BoxRead>,
+    queue: mpsc::Sender<Bytes>,
+) -> Result<bool, MigrationError> {
+    while let Some(chunk) = reader.data().await? {
+        if queue.send(chunk).await.is_err() {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+enum Piece {
+    Start(Image),
+    Bytes(Bytes),
+    End,
+}
+
+/// Sends every image of the directory; `sent` hears the bytes as they go.
+pub(crate) async fn send_images(
+    writer: &mut Writer<BoxWrite>,
+    directory: PathBuf,
+    sent: &(dyn Fn(u64) + Sync),
+) -> Result<u64, MigrationError> {
+    let (queue, mut pieces) = mpsc::channel::<Piece>(QUEUE);
+    let reading = task::spawn_blocking(move || read_images(&directory, &queue));
+    let mut count = 0;
+    let mut total = 0;
+    let mut written = Ok(());
+    while let Some(piece) = pieces.recv().await {
+        written = match piece {
+            Piece::Start(image) => {
+                count += 1;
+                writer.control(&ShimMessage { message: Some(Message::Image(image)) }).await
+            }
+            Piece::Bytes(bytes) => {
+                total += bytes.len() as u64;
+                sent(total);
+                writer.data(&bytes).await
+            }
+            Piece::End => writer.end_data().await,
+        };
+        if written.is_err() {
+            break;
+        }
+    }
+    drop(pieces);
+    let read = joined(reading.await);
+    written?;
+    read?;
+    say(writer, Message::ImagesEnd(ImagesEnd { count, bytes: total })).await?;
+    Ok(total)
+}
+
+fn read_images(directory: &Path, queue: &mpsc::Sender<Piece>) -> Result<(), MigrationError> {
+    let failed = |name: &str| {
+        let name = name.to_owned();
+        move |source| MigrationError::Image { name, source }
+    };
+    for entry in fs::read_dir(directory).map_err(failed("*"))? {
+        let entry = entry.map_err(failed("*"))?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let mut file = File::open(entry.path()).map_err(failed(&name))?;
+        let meta = file.metadata().map_err(failed(&name))?;
+        // CRIU's sockets and pid files are not images.
+        if !meta.is_file() || check_image_name(&name).is_err() {
+            continue;
+        }
+        let start = Piece::Start(Image { name: name.clone(), size: meta.len() });
+        if queue.blocking_send(start).is_err() {
+            return Ok(());
+        }
+        let mut left = meta.len();
+        while left > 0 {
+            let mut chunk = vec![0; CHUNK.min(usize::try_from(left).unwrap_or(CHUNK))];
+            file.read_exact(&mut chunk).map_err(failed(&name))?;
+            left -= chunk.len() as u64;
+            if queue.blocking_send(Piece::Bytes(chunk.into())).is_err() {
+                return Ok(());
+            }
+        }
+        if queue.blocking_send(Piece::End).is_err() {
+            return Ok(());
+        }
+    }
+    Ok(())
+}
+
+/// Receives one image into the directory; its header has been read.
+pub(crate) async fn receive_image(
+    reader: &mut Reader<BoxRead>,
+    directory: &Path,
+    image: Image,
+) -> Result<u64, MigrationError> {
+    check_image_name(&image.name)?;
+    let (queue, mut chunks) = mpsc::channel::<Bytes>(QUEUE);
+    let path = directory.join(&image.name);
+    let size = image.size;
+    let writing = task::spawn_blocking(move || -> io::Result<u64> {
+        let mut file =
+            File::options().write(true).create(true).truncate(true).mode(0o600).open(path)?;
+        let mut written = 0;
+        while let Some(chunk) = chunks.blocking_recv() {
+            written += chunk.len() as u64;
+            if written > size {
+                let text = "more bytes than its header said";
+                return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+            }
+            file.write_all(&chunk)?;
+        }
+        Ok(written)
+    });
+    let received = forward(reader, queue).await;
+    let name = image.name;
+    let written = joined(writing.await)
+        .map_err(|source| MigrationError::Image { name: name.clone(), source })?;
+    received?;
+    if written != size {
+        return Err(MigrationError::malformed(format!("image {name}: {written} bytes of {size}")));
+    }
+    Ok(written)
+}
+
+/// CRIU's own names and ours: nothing that could leave the directory.
+fn check_image_name(name: &str) -> Result<(), MigrationError> {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.+".contains(&byte);
+    let good = !name.is_empty()
+        && name.len() <= limits::IMAGE_NAME
+        && !name.starts_with('.')
+        && name.bytes().all(allowed);
+    if good { Ok(()) } else { Err(MigrationError::malformed(format!("image name {name:?}"))) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn image_names_stay_in_their_directory() {
+        for name in ["core-1.img", "pages-1.img", "tmpfs-dev-73.tar.gz.img", "descriptors.json"] {
+            assert!(check_image_name(name).is_ok(), "{name}");
+        }
+        let long = "a".repeat(limits::IMAGE_NAME + 1);
+        for name in ["", ".", "..", "../x", "/etc/passwd", "a/b", ".hidden", "a\0b", &long] {
+            assert!(check_image_name(name).is_err(), "{name:?}");
+        }
+    }
+}

@@ -1,0 +1,342 @@
+//! The departing end. Contract: when [`depart`] returns, the container runs
+//! here ([`Ending::StayedHome`]), or has ended here and runs there
+//! ([`Ending::Departed`]), or is frozen here and nobody knows
+//! ([`Ending::InDoubt`]). Any failure before the commit means the first.
+
+use std::{path::PathBuf, time::Duration};
+
+use async_trait::async_trait;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+use transship_api::session::{Commit, Pass, shim_message::Message};
+use transship_link::Channel;
+use transship_rootfs::{Layer, Totals};
+use transship_types::{Code, Refusal};
+
+use crate::{
+    DepartError, Journal, Manifest, MigrationError, Phase, Stopwatch,
+    error::chain,
+    handoff::{Answer, Ending, Frozen, Promised},
+    journal::State,
+    lanes::{hear, say, send_images, send_pass},
+    limits,
+};
+
+/// The container on this node, as far as a departure needs it.
+///
+/// Order of calls: `prepare`, `freeze`, `dump`, then `guard` and `leave`; at
+/// any point before `leave`, `thaw`.
+#[async_trait]
+pub trait Source: Send {
+    /// Its writable layer, if its root filesystem has one that we can copy.
+    fn layer(&self) -> Option<Layer>;
+    /// Where `dump` leaves CRIU's images.
+    fn images(&self) -> PathBuf;
+    /// Starts everything a dump needs and holds it: the container still runs.
+    async fn prepare(&mut self) -> Result<(), MigrationError>;
+    /// The external descriptors of its first process as the OCI runtime wrote
+    /// them for its own restore; known once `prepare` has returned.
+    fn descriptors(&self) -> Result<String, MigrationError>;
+    /// Returns once every task stands still.
+    async fn freeze(&mut self) -> Result<(), MigrationError>;
+    /// Returns once every image is complete; the tasks still stand.
+    async fn dump(&mut self) -> Result<(), MigrationError>;
+    /// A second guard, so that the tasks stand still even if this process or
+    /// CRIU should die now.
+    async fn guard(&mut self) -> Result<(), MigrationError>;
+    /// Whatever was begun is undone; the container runs. May be called in any
+    /// state, and also when a call above was cancelled half-way.
+    async fn thaw(&mut self) -> Result<(), MigrationError>;
+    /// The container runs elsewhere: its tasks end here, without having run.
+    async fn leave(&mut self) -> Result<(), MigrationError>;
+}
+
+/// What a departure reports while it goes on.
+#[derive(Debug, Clone, Copy)]
+pub struct Progress {
+    pub phase: Phase,
+    pub bytes: u64,
+}
+
+/// How a departure ended.
+#[derive(Debug)]
+pub struct Departure {
+    pub ending: Ending,
+    /// Why it did not depart, or what went wrong after it did.
+    pub error: Option<DepartError>,
+    /// Its first process on the target, in the target's pid namespace.
+    pub target_pid: Option<u32>,
+    pub times: Stopwatch,
+    pub layer: Totals,
+    pub image_bytes: u64,
+    /// In doubt only: what [`settle`] needs once there is proof.
+    pub doubt: Option<Journal>,
+}
+
+/// Moves `source` to the node at the other end of `channel`.
+pub async fn depart<S: Source>(
+    channel: Channel,
+    source: &mut S,
+    manifest: Manifest,
+    journal: Journal,
+    cancel: &CancellationToken,
+    progress: &(dyn Fn(Progress) + Send + Sync),
+) -> Departure {
+    let watch = Stopwatch::start(Phase::Offer);
+    let mut run = Run { channel, watch, progress, layer: Totals::default(), image_bytes: 0 };
+    let dumped = tokio::select! {
+        done = run.until_prepared(source, manifest) => done,
+        () = cancel.cancelled() => Err(MigrationError::Cancelled),
+    };
+    let outcome = match dumped {
+        Ok(Dumped(())) => run.commit(Frozen::new(source), journal).await,
+        Err(error) => run.stay_home(Frozen::new(source), journal, error).await,
+    };
+    info!(
+        ending = outcome.ending.as_str(),
+        downtime_ms = run.watch.downtime().as_millis() as u64,
+        "departure ended"
+    );
+    Departure {
+        ending: outcome.ending,
+        error: outcome.error,
+        target_pid: outcome.pid,
+        times: run.watch,
+        layer: run.layer,
+        image_bytes: run.image_bytes,
+        doubt: outcome.doubt,
+    }
+}
+
+/// Ends a doubt on proof: the target's own word, which came another way.
+pub async fn settle<S: Source>(
+    source: &mut S,
+    journal: Journal,
+    runs_there: bool,
+) -> Result<Ending, MigrationError> {
+    let answer = if runs_there { Answer::Accepted } else { Answer::Refused };
+    let (ending, settled) = Promised::in_doubt(source).settle(answer).await;
+    record(journal, ending);
+    settled.map(|()| ending)
+}
+
+/// Writes down how it ended. The ending itself is certain: a record that
+/// could not be written is only asked about once more after a restart.
+fn record(mut journal: Journal, ending: Ending) {
+    let state = match ending {
+        Ending::Departed => State::Departed,
+        Ending::StayedHome => State::Aborted,
+        Ending::InDoubt => return,
+    };
+    if let Err(error) = journal.record(state).and_then(|()| journal.settle()) {
+        warn!(error = chain(&error), "the ending was not recorded");
+    }
+}
+
+/// Proof that the target holds the whole container, ready to run.
+struct Dumped(());
+
+struct Outcome {
+    ending: Ending,
+    error: Option<DepartError>,
+    pid: Option<u32>,
+    doubt: Option<Journal>,
+}
+
+struct Run<'a> {
+    channel: Channel,
+    watch: Stopwatch,
+    progress: &'a (dyn Fn(Progress) + Send + Sync),
+    layer: Totals,
+    image_bytes: u64,
+}
+
+impl Run<'_> {
+    fn enter(&mut self, phase: Phase) {
+        self.watch.enter(phase);
+        info!(%phase, "phase");
+        (self.progress)(Progress { phase, bytes: 0 });
+    }
+
+    async fn until_prepared<S: Source>(
+        &mut self,
+        source: &mut S,
+        mut manifest: Manifest,
+    ) -> Result<Dumped, MigrationError> {
+        (self.progress)(Progress { phase: Phase::Offer, bytes: 0 });
+        // First of all, because the target's runtime wants to know what this
+        // one finds out, and because a dump that cannot start need not travel.
+        source.prepare().await?;
+        manifest.descriptors = source.descriptors()?;
+        self.channel.reader.set_deadline(limits::FRAME);
+        say(&mut self.channel.writer, Message::Manifest(manifest)).await?;
+        self.expect_waiting().await?;
+
+        self.enter(Phase::Prepare);
+        let layer = source.layer();
+        let mut before = None;
+        let mut number = 0;
+        if let Some(layer) = &layer {
+            loop {
+                number += 1;
+                let pass = Pass { number, last: false };
+                let (index, totals) =
+                    send_pass(&mut self.channel.writer, layer, pass, before).await?;
+                self.count(totals);
+                before = Some(index);
+                self.expect_pass_done(number).await?;
+                if totals.bytes < limits::SMALL_PASS || number >= limits::PASSES {
+                    break;
+                }
+            }
+        }
+
+        self.enter(Phase::Freeze);
+        source.freeze().await?;
+
+        self.enter(Phase::Dump);
+        // What was written last travels while CRIU writes its images.
+        let last = async {
+            let pass = Pass { number: number + 1, last: true };
+            match &layer {
+                Some(layer) => {
+                    let writer = &mut self.channel.writer;
+                    send_pass(writer, layer, pass, before).await.map(|(_, totals)| totals)
+                }
+                None => Ok(Totals::default()),
+            }
+        };
+        let (dumped, last) = tokio::join!(source.dump(), last);
+        dumped?;
+        self.count(last?);
+        if layer.is_some() {
+            self.expect_pass_done(number + 1).await?;
+        }
+
+        self.enter(Phase::Transfer);
+        let progress = self.progress;
+        let sent = move |bytes| progress(Progress { phase: Phase::Transfer, bytes });
+        self.image_bytes = send_images(&mut self.channel.writer, source.images(), &sent).await?;
+
+        self.enter(Phase::Restore);
+        self.channel.reader.set_deadline(limits::RESTORE);
+        match self.hear().await? {
+            Message::Prepared(_) => Ok(Dumped(())),
+            _ => Err(MigrationError::malformed("no answer to the images")),
+        }
+    }
+
+    /// The point of no return: journal first, then the word.
+    async fn commit<S: Source>(&mut self, frozen: Frozen<'_, S>, mut journal: Journal) -> Outcome {
+        self.enter(Phase::Commit);
+        let proof = match journal.commit() {
+            Ok(proof) => proof,
+            // Maybe on disk, surely not sent: it stays, and the journal says so.
+            Err(error) => return self.stay_home(frozen, journal, error).await,
+        };
+        let promised = match frozen.promise(proof).await {
+            Ok(promised) => promised,
+            Err((frozen, error)) => return self.stay_home(frozen, journal, error).await,
+        };
+        let (answer, pid, reason) = self.ask().await;
+        self.enter(Phase::Depart);
+        let (ending, settled) = promised.settle(answer).await;
+        let doubt = match ending {
+            Ending::InDoubt => Some(journal),
+            Ending::Departed | Ending::StayedHome => {
+                record(journal, ending);
+                None
+            }
+        };
+        let failed = settled.err().or(reason);
+        if let Some(failed) = &failed {
+            error!(error = chain(failed), ending = ending.as_str(), "after the commit");
+        }
+        Outcome { ending, pid, error: failed.map(|error| error.during(Phase::Commit)), doubt }
+    }
+
+    /// Sends the commit and reads the answer. Only the target's own word
+    /// proves anything; everything else is silence.
+    async fn ask(&mut self) -> (Answer, Option<u32>, Option<MigrationError>) {
+        let commit = say(&mut self.channel.writer, Message::Commit(Commit { epoch: 0 }));
+        let answer = async {
+            commit.await?;
+            self.channel.reader.set_deadline(limits::COMMIT);
+            hear(&mut self.channel.reader).await
+        };
+        match timeout(limits::COMMIT, answer).await {
+            Ok(Ok(Message::Running(running))) => (Answer::Accepted, Some(running.pid), None),
+            Ok(Ok(Message::Refused(refused))) => {
+                (Answer::Refused, None, Some(refusal(&refused.reason, &refused.log)))
+            }
+            Ok(Ok(_)) => {
+                let text = "an answer to the commit that is none";
+                (Answer::Silence, None, Some(MigrationError::malformed(text)))
+            }
+            Ok(Err(error)) => (Answer::Silence, None, Some(error)),
+            Err(_) => {
+                let seconds = limits::COMMIT.as_secs();
+                let error = MigrationError::Timeout { what: "the answer to the commit", seconds };
+                (Answer::Silence, None, Some(error))
+            }
+        }
+    }
+
+    async fn stay_home<S: Source>(
+        &mut self,
+        frozen: Frozen<'_, S>,
+        journal: Journal,
+        reason: MigrationError,
+    ) -> Outcome {
+        let failed = reason.during(self.watch.phase());
+        warn!(error = chain(&failed), "staying home");
+        if let Err(error) = frozen.stay_home().await {
+            error!(error = chain(&error), "the container could not be thawed");
+        }
+        // The target sees the link close in any case; this only tells it why.
+        let abort = transship_api::session::Abort { reason: failed.to_string() };
+        let told = say(&mut self.channel.writer, Message::Abort(abort));
+        let _ = timeout(Duration::from_secs(1), told).await;
+        record(journal, Ending::StayedHome);
+        Outcome { ending: Ending::StayedHome, error: Some(failed), pid: None, doubt: None }
+    }
+
+    fn count(&mut self, totals: Totals) {
+        self.layer.entries += totals.entries;
+        self.layer.bytes += totals.bytes;
+        let bytes = self.layer.bytes;
+        (self.progress)(Progress { phase: self.watch.phase(), bytes });
+    }
+
+    async fn expect_waiting(&mut self) -> Result<(), MigrationError> {
+        match self.hear().await? {
+            Message::Waiting(_) => Ok(()),
+            _ => Err(MigrationError::malformed("no answer to the manifest")),
+        }
+    }
+
+    async fn expect_pass_done(&mut self, number: u32) -> Result<(), MigrationError> {
+        match self.hear().await? {
+            Message::PassDone(done) if done.number == number => Ok(()),
+            _ => Err(MigrationError::malformed(format!("no answer to pass {number}"))),
+        }
+    }
+
+    /// The next message; a refusal is an error of its own.
+    async fn hear(&mut self) -> Result<Message, MigrationError> {
+        match hear(&mut self.channel.reader).await? {
+            Message::Refused(refused) => Err(refusal(&refused.reason, &refused.log)),
+            message => Ok(message),
+        }
+    }
+}
+
+fn refusal(reason: &str, log: &str) -> MigrationError {
+    let mut reason = reason.to_owned();
+    if !log.is_empty() {
+        reason.push('\n');
+        reason.push_str(log);
+    }
+    MigrationError::Peer(Refusal::new(Code::Runtime, reason, ""))
+}
