@@ -9,9 +9,20 @@
 //!                          └─ arrivals.sock, SCM_RIGHTS ──▶ target shim, which
 //!                                                           does the handshake
 //! ```
-#![forbid(unsafe_code)]
+// Allowed in `sys` alone.
+#![deny(unsafe_code)]
 
+pub mod arrivals;
 mod channel;
+mod connect;
+mod error;
 pub mod in_memory;
+mod route;
+mod sys;
+mod trust;
 
 pub use channel::{BoxRead, BoxWrite, Channel};
+pub use connect::{accept, connect_agent, connect_ticket};
+pub use error::LinkError;
+pub use route::{Route, route};
+pub use trust::{Credentials, Trust};

@@ -6,7 +6,7 @@ mod name;
 pub mod paths;
 mod refusal;
 
-pub use name::{ContainerKey, Epoch, InvalidName, MigrationId, NodeName, Ticket};
+pub use name::{ContainerKey, DOMAIN, Epoch, InvalidName, MigrationId, NodeName, Ticket};
 pub use refusal::{Code, Refusal};
 
 /// Version of the protocol between nodes (docs/protocol.md). A node refuses a

@@ -1,0 +1,200 @@
+//! The agent's side: which tickets are out, who waits under them, and the
+//! hand-over.
+
+use std::{
+    collections::HashMap,
+    io,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use tokio::{
+    io::{AsyncReadExt, Interest},
+    net::{TcpStream, UnixListener, UnixStream},
+    sync::{Notify, Semaphore},
+    time::{self, Instant},
+};
+use transship_types::{NodeName, Ticket};
+
+use super::{Answer, TICKET};
+use crate::{Credentials, LinkError, sys};
+
+/// For a shim to say its ticket, which it does at once.
+const ASK: Duration = Duration::from_secs(5);
+
+/// For a connection whose shim is not there yet. The source connects only
+/// after the target said that its shim waits, so this is for a stray.
+const SHIM: Duration = Duration::from_secs(10);
+
+/// Shims that have connected and not yet said their ticket.
+const ASKING: usize = 64;
+
+/// The tickets of this node.
+#[derive(Clone, Debug)]
+pub struct Arrivals(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    credentials: Credentials,
+    slots: Mutex<HashMap<Ticket, Slot>>,
+    changed: Notify,
+}
+
+#[derive(Debug)]
+struct Slot {
+    peer: NodeName,
+    expires: Instant,
+    shim: Option<UnixStream>,
+    /// A connection has come for it: there is no second one.
+    used: bool,
+}
+
+impl Arrivals {
+    pub fn new(credentials: Credentials) -> Self {
+        let slots = Mutex::default();
+        Self(Arc::new(Inner { credentials, slots, changed: Notify::new() }))
+    }
+
+    /// Makes `ticket` valid for one connection from `peer` (which the shim
+    /// checks, after its handshake) for `lifetime`, or until the registration
+    /// is dropped.
+    pub fn register(&self, ticket: Ticket, peer: NodeName, lifetime: Duration) -> Registration {
+        let slot = Slot { peer, expires: Instant::now() + lifetime, shim: None, used: false };
+        self.slots().insert(ticket.clone(), slot);
+        Registration { ticket, arrivals: self.clone() }
+    }
+
+    /// Serves the arrivals socket until it fails. Cancel by dropping.
+    pub async fn serve(&self, listener: UnixListener) -> io::Result<()> {
+        let asking = Arc::new(Semaphore::new(ASKING));
+        loop {
+            let Ok(permit) = asking.clone().acquire_owned().await else {
+                return Ok(());
+            };
+            let (stream, _) = listener.accept().await?;
+            let arrivals = self.clone();
+            tokio::spawn(async move {
+                arrivals.admit(stream).await;
+                drop(permit);
+            });
+        }
+    }
+
+    async fn admit(&self, mut shim: UnixStream) {
+        let mut said = [0; TICKET];
+        let ticket = match time::timeout(ASK, shim.read_exact(&mut said)).await {
+            Ok(Ok(_)) => str::from_utf8(&said).ok().and_then(|t| t.parse::<Ticket>().ok()),
+            _ => None,
+        };
+        let refusal = match ticket {
+            None => Some((shim, "no ticket was said")),
+            Some(ticket) => self.attach(&ticket, shim),
+        };
+        if let Some((shim, reason)) = refusal {
+            tracing::warn!(reason, "a shim asked for an arrival and was refused");
+            let answer = Answer::Refused { reason: reason.into() };
+            // It is refused whether it hears so or not.
+            let _ = send(&shim, &answer, None).await;
+        }
+    }
+
+    /// Gives the stream back, with the reason, when it cannot wait.
+    fn attach(&self, ticket: &Ticket, shim: UnixStream) -> Option<(UnixStream, &'static str)> {
+        match self.slots().get_mut(ticket) {
+            None => return Some((shim, "the ticket is not known here, or was cancelled")),
+            Some(slot) if slot.expires <= Instant::now() => {
+                return Some((shim, "the ticket has expired"));
+            }
+            Some(Slot { shim: Some(_), .. }) => {
+                return Some((shim, "another shim waits under the ticket"));
+            }
+            Some(slot) => slot.shim = Some(shim),
+        }
+        self.0.changed.notify_waiters();
+        None
+    }
+
+    /// Passes an accepted connection, unread, to the shim that waits for it.
+    /// Uses the ticket up, whether it works or not.
+    pub async fn hand_over(&self, ticket: &Ticket, stream: TcpStream) -> Result<(), LinkError> {
+        match self.slots().get_mut(ticket) {
+            None => return Err(refused("the ticket is not known here, or was cancelled")),
+            Some(slot) if slot.used => return Err(refused("the ticket was used before")),
+            Some(slot) => slot.used = true,
+        }
+        time::timeout(SHIM, self.until_shim_waits(ticket))
+            .await
+            .map_err(|_| refused("no shim waits under the ticket"))??;
+        let slot = self.slots().remove(ticket);
+        let Some(Slot { peer, expires, shim: Some(shim), .. }) = slot else {
+            return Err(refused("the ticket was cancelled"));
+        };
+        if expires <= Instant::now() {
+            return Err(refused("the ticket has expired"));
+        }
+        let Credentials { ca, certificate, key } = self.0.credentials.clone();
+        let answer = Answer::Granted { ca, certificate, key, peer };
+        send(&shim, &answer, Some(&stream)).await.map_err(|source| LinkError::Socket {
+            what: "handing a connection over".into(),
+            source,
+        })
+    }
+
+    async fn until_shim_waits(&self, ticket: &Ticket) -> Result<(), LinkError> {
+        loop {
+            // Before the look, so that no change is missed between the two.
+            let changed = self.0.changed.notified();
+            match self.slots().get(ticket) {
+                None => return Err(refused("the ticket was cancelled")),
+                Some(Slot { shim: Some(_), .. }) => return Ok(()),
+                Some(_) => {}
+            }
+            changed.await;
+        }
+    }
+
+    fn slots(&self) -> MutexGuard<'_, HashMap<Ticket, Slot>> {
+        // Every change under this lock is a single step: a panic elsewhere
+        // cannot leave the map half changed.
+        self.0.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A ticket that is out. Dropping it cancels the arrival: a shim that waits is
+/// told so.
+#[derive(Debug)]
+#[must_use]
+pub struct Registration {
+    ticket: Ticket,
+    arrivals: Arrivals,
+}
+
+impl Registration {
+    pub fn ticket(&self) -> &Ticket {
+        &self.ticket
+    }
+
+    /// Resolves once a shim waits under the ticket.
+    pub async fn shim_waits(&self) -> Result<(), LinkError> {
+        self.arrivals.until_shim_waits(&self.ticket).await
+    }
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        // Closing the shim's stream without an answer is the cancellation.
+        self.arrivals.slots().remove(&self.ticket);
+        self.arrivals.0.changed.notify_waiters();
+    }
+}
+
+fn refused(reason: &str) -> LinkError {
+    LinkError::Arrival(reason.into())
+}
+
+/// One message: an empty socket's buffer always has room for it.
+async fn send(shim: &UnixStream, answer: &Answer, stream: Option<&TcpStream>) -> io::Result<()> {
+    let bytes = serde_json::to_vec(answer)?;
+    let sent = shim.async_io(Interest::WRITABLE, || sys::send_with(shim, &bytes, stream)).await?;
+    if sent == bytes.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
+}
