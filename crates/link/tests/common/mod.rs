@@ -1,0 +1,81 @@
+//! A CA and nodes' certificates in a temporary directory.
+#![allow(dead_code)] // each test file uses its part
+
+use std::fs;
+
+use rcgen::{
+    BasicConstraints, CertificateParams, CertifiedIssuer, ExtendedKeyUsagePurpose, IsCa, KeyPair,
+    KeyUsagePurpose,
+};
+use tempfile::TempDir;
+use time::{Duration, OffsetDateTime};
+use tokio::net::{TcpListener, TcpStream};
+use transship_link::{Credentials, Trust};
+
+pub struct Ca {
+    dir: TempDir,
+    issuer: CertifiedIssuer<'static, KeyPair>,
+}
+
+pub fn node(name: &str) -> transship_types::NodeName {
+    name.parse().unwrap()
+}
+
+impl Ca {
+    pub fn new() -> Ca {
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
+        let dir = TempDir::new().unwrap();
+        fs::write(dir.path().join("ca.pem"), issuer.pem()).unwrap();
+        Ca { dir, issuer }
+    }
+
+    pub fn issue(&self, node: &str) -> Credentials {
+        let names = [format!("{node}.transship.internal"), format!("*.{node}.transship.internal")];
+        self.issue_with(node, &names, |_| {})
+    }
+
+    pub fn issue_expired(&self, node: &str) -> Credentials {
+        self.issue_with(&format!("{node}-expired"), &[format!("{node}.transship.internal")], |p| {
+            p.not_before = OffsetDateTime::now_utc() - Duration::days(2);
+            p.not_after = OffsetDateTime::now_utc() - Duration::days(1);
+        })
+    }
+
+    pub fn issue_with(
+        &self,
+        file: &str,
+        names: &[String],
+        change: impl FnOnce(&mut CertificateParams),
+    ) -> Credentials {
+        let mut params = CertificateParams::new(names).unwrap();
+        params.extended_key_usages =
+            vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        change(&mut params);
+        let key = KeyPair::generate().unwrap();
+        let certificate = params.signed_by(&key, &self.issuer).unwrap();
+        let at = |end: &str| self.dir.path().join(format!("{file}{end}"));
+        fs::write(at(".pem"), certificate.pem()).unwrap();
+        fs::write(at(".key"), key.serialize_pem()).unwrap();
+        Credentials { ca: self.dir.path().join("ca.pem"), certificate: at(".pem"), key: at(".key") }
+    }
+
+    pub fn trust(&self, node: &str) -> Trust {
+        Trust::load(&self.issue(node)).unwrap()
+    }
+}
+
+pub async fn listen() -> (TcpListener, String) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    (listener, address)
+}
+
+/// Both ends of one TCP connection.
+pub async fn sockets() -> (TcpStream, TcpStream) {
+    let (listener, address) = listen().await;
+    let (connected, accepted) = tokio::join!(TcpStream::connect(&address), listener.accept());
+    (connected.unwrap(), accepted.unwrap().0)
+}
