@@ -12,7 +12,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use thiserror::Error;
 use transship_api::session::{Container, Descriptor, Stdio};
-use transship_types::{Code, ContainerKey, Ticket};
+use transship_types::{Code, ContainerKey, Refusal, Ticket};
 
 /// A local daemon. Namespaces are containerd's; a daemon without them has
 /// one, named `default`.
@@ -48,6 +48,16 @@ pub trait Daemon: Send + Sync + 'static {
         namespace: &str,
         image: &str,
     ) -> Result<Vec<Descriptor>, DaemonError>;
+
+    /// What this container's own file system lies on, as [`content_of`] gives
+    /// it. Refuses a container that was not made from an image, and one whose
+    /// image name stands for something else by now.
+    ///
+    /// [`content_of`]: Daemon::content_of
+    async fn origin_of(&self, key: &ContainerKey) -> Result<Vec<Descriptor>, DaemonError> {
+        let image = self.describe(key).await?.record.image;
+        self.content_of(key.namespace(), &image).await
+    }
 
     /// The digests among `content` that are not here yet.
     async fn missing(
@@ -201,6 +211,9 @@ pub enum DaemonError {
     /// A blob whose bytes are not what its descriptor says.
     #[error("blob {digest}: {why}")]
     Blob { digest: String, why: String },
+    /// It will not do it, for a reason with a code of its own.
+    #[error("{0}")]
+    Refused(Box<Refusal>),
 }
 
 impl DaemonError {
@@ -216,6 +229,7 @@ impl DaemonError {
             DaemonError::NotFound { .. } => Code::UnknownContainer,
             DaemonError::Exists { .. } => Code::NameTaken,
             DaemonError::Blob { .. } => Code::Image,
+            DaemonError::Refused(refusal) => refusal.code,
             DaemonError::Unavailable { .. } | DaemonError::Failed { .. } => Code::Daemon,
         }
     }
