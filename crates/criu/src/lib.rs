@@ -1,1 +1,38 @@
-//! placeholder
+//! The CRIU gate: the shim between an OCI runtime and CRIU.
+//!
+//! runc and crun pass few of CRIU's options and start CRIU inside the pause.
+//! We patch neither. The runtime runs with a `PATH` in which `criu` is our own
+//! [`stub`]; it hands the runtime's RPC socket to the shim's [`Gate`] and then
+//! becomes the real CRIU, with another socket in its place:
+//!
+//! ```text
+//! runtime ──fork, exec "criu swrk N"──▶ stub ──same pid──▶ CRIU
+//!    │                                   │ SCM_RIGHTS        │
+//!    └────── request, answers ────▶ Conversation ────────────┘
+//!                                  hold · amend · observe
+//! ```
+//!
+//! A [`Conversation`] is one DUMP or RESTORE seen from the middle. What we do
+//! not understand passes byte by byte ([`fields`]).
+
+mod conversation;
+mod error;
+pub mod features;
+pub mod fields;
+mod gate;
+pub mod images;
+pub mod log;
+mod packet;
+mod remembered;
+pub mod stub;
+mod sys;
+
+#[cfg(any(test, feature = "fake"))]
+pub mod fake;
+#[cfg(test)]
+mod tests;
+
+pub use conversation::{Amendments, Conversation, Kind, Notified, Outcome};
+pub use error::{CriuError, Side};
+pub use gate::Gate;
+pub use remembered::Remembered;

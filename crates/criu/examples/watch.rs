@@ -1,0 +1,66 @@
+//! Runs an OCI runtime through the gate and prints what CRIU is asked and
+//! says, with times: `watch [--hold SCRIPT] [--refuse SCRIPT] -- runc checkpoint …`.
+
+use std::{
+    env,
+    process::{ExitCode, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, bail};
+use transship_criu::{Gate, Kind, stub};
+
+fn main() -> anyhow::Result<ExitCode> {
+    stub::become_criu_if_asked();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(watch())
+}
+
+async fn watch() -> anyhow::Result<ExitCode> {
+    let mut arguments = env::args().skip(1);
+    let (mut hold, mut refuse) = (None, None);
+    let program = loop {
+        match arguments.next().as_deref() {
+            Some("--hold") => hold = arguments.next(),
+            Some("--refuse") => refuse = arguments.next(),
+            Some("--") => break arguments.next().context("no program")?,
+            other => bail!("watch [--hold SCRIPT] [--refuse SCRIPT] -- PROGRAM…, not {other:?}"),
+        }
+    };
+    let begin = Instant::now();
+    let tell = |text: String| eprintln!("{:9.3} {text}", begin.elapsed().as_secs_f64() * 1e3);
+    let mut gate = Gate::open().await?;
+    let mut child = tokio::process::Command::new(program)
+        .args(arguments)
+        .envs(gate.environment())
+        .stdin(Stdio::null())
+        .spawn()?;
+    let mut talk = tokio::select! {
+        talk = gate.conversation() => talk?,
+        status = child.wait() => {
+            tell(format!("the runtime ended without CRIU: {}", status?));
+            return Ok(ExitCode::FAILURE);
+        }
+    };
+    tell(format!("{} by CRIU {}: {:?}", talk.kind(), talk.criu_pid(), talk.options()));
+    talk.release().await?;
+    tell("released".into());
+    if let Some(script) = refuse.as_ref().or(hold.as_ref()) {
+        let notified = talk.until(script).await?;
+        tell(format!("held {notified:?}"));
+        if refuse.is_some() {
+            talk.acknowledge(false).await?;
+        } else {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            talk.pass().await?;
+        }
+        tell("let go".into());
+    }
+    let kind = talk.kind();
+    let outcome = talk.finish().await?;
+    tell(format!("{kind}: {outcome} {outcome:?}"));
+    let status =
+        if kind == Kind::Restore && hold.is_some() { None } else { Some(child.wait().await?) };
+    tell(format!("runtime: {status:?}"));
+    Ok(if outcome.success { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}

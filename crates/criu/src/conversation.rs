@@ -1,0 +1,555 @@
+//! One DUMP or RESTORE, seen and steered from the middle.
+//!
+//! ```text
+//!  Requested ──release──▶ Talking ──until(script)──▶ Held
+//!      │                   ▲  │                        │
+//!    amend                 │  └──final answer──▶ Ended │
+//!                          └──pass · acknowledge───────┘
+//! ```
+//!
+//! Dropping a conversation closes both ends. CRIU that waits in a notification
+//! then undoes what it did: the container of a dump runs on, with its network
+//! unlocked; a restored tree is killed. Nothing is ever killed to stop CRIU:
+//! SIGKILL would leave its packet filter rules and its parasite behind.
+
+use std::{
+    fmt, fs,
+    os::fd::{AsRawFd, OwnedFd},
+    path::PathBuf,
+    sync::Arc,
+};
+
+use prost::Message;
+use transship_api::criu::{CriuOpts, CriuReq, CriuReqType, CriuResp};
+
+use crate::{
+    CriuError, Side,
+    fields::{BadFields, Fields},
+    gate::GateDir,
+    packet::{Packet, Socket},
+    stub::Hello,
+};
+
+/// What the runtime wants of CRIU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    Dump,
+    Restore,
+}
+
+impl Kind {
+    pub(crate) fn of_request(number: i32) -> Option<Self> {
+        match CriuReqType::try_from(number) {
+            Ok(CriuReqType::Dump) => Some(Kind::Dump),
+            Ok(CriuReqType::Restore) => Some(Kind::Restore),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Kind::Dump => "dump",
+            Kind::Restore => "restore",
+        })
+    }
+}
+
+/// A notification that is held.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Notified {
+    pub script: String,
+    /// The restored init, in our pid namespace, where CRIU says it.
+    pub pid: Option<i32>,
+}
+
+/// CRIU's final answer.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Outcome {
+    pub success: bool,
+    /// The restored init.
+    pub pid: Option<i32>,
+    pub errno: Option<i32>,
+    pub message: Option<String>,
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.success {
+            return f.write_str("it succeeded");
+        }
+        f.write_str("it failed")?;
+        if let Some(errno) = self.errno.filter(|&errno| errno != 0) {
+            write!(f, " ({})", nix::errno::Errno::from_raw(errno).desc())?;
+        }
+        if let Some(message) = &self.message {
+            write!(f, ": {message}")?;
+        }
+        Ok(())
+    }
+}
+
+pub struct Conversation {
+    kind: Kind,
+    runtime: Socket,
+    criu: Socket,
+    criu_pid: i32,
+    moved: Hello,
+    dir: Arc<GateDir>,
+    options: CriuOpts,
+    state: State,
+    /// Descriptors the request names, open here until CRIU is done.
+    kept: Vec<OwnedFd>,
+    /// The last script seen; says in an error how far CRIU had come.
+    last: String,
+    /// `post-dump` was answered yes: the tasks die, whoever goes away now.
+    decided: bool,
+}
+
+enum State {
+    Requested { request: Fields, descriptors: Vec<OwnedFd> },
+    Talking,
+    Held(Packet),
+    Ended(Outcome),
+}
+
+// Field numbers of `criu_req` and `criu_opts` (proto/criu.proto).
+const REQ_TYPE: u32 = 1;
+const REQ_OPTS: u32 = 2;
+const RESP_NOTIFY: u32 = 5;
+const NOTIFY_SCRIPT: u32 = 1;
+const NOTIFY_PID: u32 = 2;
+mod opt {
+    pub const IMAGES_DIR_FD: u32 = 1;
+    pub const LEAVE_RUNNING: u32 = 3;
+    pub const EXT_UNIX_SK: u32 = 4;
+    pub const TCP_ESTABLISHED: u32 = 5;
+    pub const SHELL_JOB: u32 = 7;
+    pub const FILE_LOCKS: u32 = 8;
+    pub const LOG_LEVEL: u32 = 9;
+    pub const LOG_FILE: u32 = 10;
+    pub const WORK_DIR_FD: u32 = 17;
+    pub const LINK_REMAP: u32 = 18;
+    pub const INHERIT_FD: u32 = 27;
+    pub const GHOST_LIMIT: u32 = 35;
+    pub const EXTERNAL: u32 = 37;
+    pub const FREEZE_CGROUP: u32 = 44;
+    pub const TIMEOUT: u32 = 45;
+    pub const TCP_SKIP_IN_FLIGHT: u32 = 46;
+    pub const LAZY_PAGES: u32 = 48;
+    pub const STATUS_FD: u32 = 49;
+    pub const TCP_CLOSE: u32 = 52;
+    pub const NETWORK_LOCK: u32 = 64;
+}
+
+/// Only the type: the rest of a request is not ours to judge.
+pub(crate) fn request_type(packet: &Packet) -> Result<i32, BadFields> {
+    let fields = Fields::parse(&packet.bytes)?;
+    fields.varint(REQ_TYPE).map(|number| number as i32).ok_or(BadFields::Missing)
+}
+
+impl Conversation {
+    pub(crate) fn begin(
+        kind: Kind,
+        packet: Packet,
+        runtime: Socket,
+        criu: Socket,
+        criu_pid: i32,
+        moved: Hello,
+        dir: Arc<GateDir>,
+    ) -> Result<Self, CriuError> {
+        let bad = |source| CriuError::Malformed { from: Side::Runtime, source };
+        let request = Fields::parse(&packet.bytes).map_err(bad)?;
+        let options = decode_options(&request).map_err(bad)?;
+        let state = State::Requested { request, descriptors: packet.descriptors };
+        let last = "its request".into();
+        let kept = Vec::new();
+        Ok(Self {
+            kind,
+            runtime,
+            criu,
+            criu_pid,
+            moved,
+            dir,
+            options,
+            state,
+            kept,
+            last,
+            decided: false,
+        })
+    }
+
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// As the runtime sent them, with what was amended since.
+    pub fn options(&self) -> &CriuOpts {
+        &self.options
+    }
+
+    pub fn criu_pid(&self) -> i32 {
+        self.criu_pid
+    }
+
+    /// Changes options of the request. Only before [`release`](Self::release):
+    /// afterwards there is nothing left to change, and nothing happens.
+    pub fn amend(&mut self, change: impl FnOnce(&mut Amendments<'_>)) {
+        let State::Requested { request, .. } = &mut self.state else { return };
+        let mut change = Some(change);
+        let kept = &mut self.kept;
+        // Parsed in `begin`; there is one `opts` because `begin` decoded it.
+        let _ = request.edit_all(REQ_OPTS, |fields| {
+            if let Some(change) = change.take() {
+                change(&mut Amendments { fields, kept });
+            }
+        });
+        if let Ok(options) = decode_options(request) {
+            self.options = options;
+        }
+    }
+
+    /// Sends the request to CRIU.
+    pub async fn release(&mut self) -> Result<(), CriuError> {
+        let State::Requested { .. } = self.state else { return Ok(()) };
+        let (runtime_pid, _) = self.runtime.peer().map_err(CriuError::talk(Side::Runtime))?;
+        let replaced = self.open_what_the_runtime_names(runtime_pid)?;
+        let moved = [(1, self.moved.stdout), (2, self.moved.stderr)];
+        let State::Requested { mut request, descriptors } =
+            std::mem::replace(&mut self.state, State::Talking)
+        else {
+            return Ok(());
+        };
+        request
+            .edit_all(REQ_OPTS, |opts| {
+                for (number, fd) in &replaced {
+                    opts.set_int32(*number, *fd);
+                }
+                // The numbers are CRIU's own; the stub moved two of them. A
+                // malformed entry is CRIU's to refuse.
+                let _ = opts.edit_all(opt::INHERIT_FD, |entry| {
+                    let named = entry.varint(2).map(|number| number as i32);
+                    if let Some((_, now)) = moved.iter().find(|(was, _)| Some(*was) == named) {
+                        entry.set_int32(2, *now);
+                    }
+                });
+            })
+            .map_err(|source| CriuError::Malformed { from: Side::Runtime, source })?;
+        let packet = Packet { bytes: request.encode(), descriptors };
+        self.to_criu(&packet).await
+    }
+
+    /// CRIU looks these up in `/proc/PID/fd` of its peer. That is us now, so
+    /// they are opened here, unless an amendment put ours in already.
+    fn open_what_the_runtime_names(
+        &mut self,
+        runtime_pid: i32,
+    ) -> Result<Vec<(u32, i32)>, CriuError> {
+        let State::Requested { request, .. } = &self.state else { return Ok(Vec::new()) };
+        let opts = request.bytes(REQ_OPTS).unwrap_or_default();
+        let opts = Fields::parse(opts)
+            .map_err(|source| CriuError::Malformed { from: Side::Runtime, source })?;
+        let mut replaced = Vec::new();
+        for number in [opt::IMAGES_DIR_FD, opt::WORK_DIR_FD, opt::STATUS_FD] {
+            let Some(named) = opts.varint(number).map(|fd| fd as i32).filter(|&fd| fd >= 0) else {
+                continue;
+            };
+            if self.kept.iter().any(|own| own.as_raw_fd() == named) {
+                continue;
+            }
+            let path = PathBuf::from(format!("/proc/{runtime_pid}/fd/{named}"));
+            let own = fs::OpenOptions::new()
+                .read(number != opt::STATUS_FD)
+                .write(number == opt::STATUS_FD)
+                .open(&path)
+                .map_err(CriuError::file("opening the OCI runtime's", &path))?;
+            replaced.push((number, own.as_raw_fd()));
+            self.kept.push(own.into());
+        }
+        Ok(replaced)
+    }
+
+    /// Passes everything along until CRIU sends this notification, which is
+    /// then held: CRIU waits and the runtime knows nothing of it.
+    pub async fn until(&mut self, script: &str) -> Result<Notified, CriuError> {
+        self.pass().await?;
+        loop {
+            if let State::Ended(outcome) = &self.state {
+                let (kind, outcome) = (self.kind, outcome.clone());
+                return Err(CriuError::Ended { kind, awaited: script.into(), outcome });
+            }
+            let packet = self.from_criu_or_relay().await?;
+            match self.read(&packet)? {
+                Said::Notification(notified) => {
+                    self.last.clone_from(&notified.script);
+                    if notified.script == script {
+                        self.state = State::Held(packet);
+                        return Ok(notified);
+                    }
+                    self.deliver(&packet).await?;
+                }
+                Said::Answer(outcome) => self.end(&packet, outcome).await,
+            }
+        }
+    }
+
+    /// The held notification goes to the runtime, its answer back to CRIU.
+    /// Without a held one nothing happens.
+    pub async fn pass(&mut self) -> Result<(), CriuError> {
+        match std::mem::replace(&mut self.state, State::Talking) {
+            State::Held(packet) => self.deliver(&packet).await,
+            other => {
+                self.state = other;
+                Ok(())
+            }
+        }
+    }
+
+    /// Answers the held notification ourselves; the runtime never sees it.
+    /// `false` at `post-dump` makes CRIU resume the container.
+    pub async fn acknowledge(&mut self, ok: bool) -> Result<(), CriuError> {
+        let State::Held(_) = self.state else { return Ok(()) };
+        self.state = State::Talking;
+        self.answer(ok).await
+    }
+
+    /// Passes everything along, a held notification first, up to CRIU's final
+    /// answer, which the runtime gets as well.
+    pub async fn finish(mut self) -> Result<Outcome, CriuError> {
+        self.pass().await?;
+        loop {
+            if let State::Ended(outcome) = self.state {
+                return Ok(outcome);
+            }
+            let packet = self.from_criu_or_relay().await?;
+            match self.read(&packet)? {
+                Said::Notification(notified) => {
+                    self.last = notified.script;
+                    self.deliver(&packet).await?;
+                }
+                Said::Answer(outcome) => self.end(&packet, outcome).await,
+            }
+        }
+    }
+
+    /// Gives the notification to the runtime and its answer to CRIU. Once a
+    /// dump is decided a dead runtime changes nothing any more: CRIU must get
+    /// its answers, or it would resume what has moved away.
+    async fn deliver(&mut self, packet: &Packet) -> Result<(), CriuError> {
+        let answer = match self.runtime.send(packet).await {
+            Ok(()) => self.runtime_or_criu_death().await,
+            Err(_) => Err(self.runtime_died()),
+        };
+        match answer {
+            Ok(answer) => {
+                let ok = Fields::parse(&answer.bytes)
+                    .map_err(|source| CriuError::Malformed { from: Side::Runtime, source })?
+                    .varint(3)
+                    == Some(1);
+                self.decide(ok);
+                self.to_criu(&answer).await
+            }
+            Err(CriuError::RuntimeDied { .. }) if self.decided => self.answer(true).await,
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The runtime's next packet; CRIU says nothing while it waits for an
+    /// answer, so anything from there is its end.
+    async fn runtime_or_criu_death(&mut self) -> Result<Packet, CriuError> {
+        tokio::select! {
+            packet = self.runtime.receive() => match packet {
+                Ok(Some(packet)) => Ok(packet),
+                Ok(None) => Err(self.runtime_died()),
+                Err(error) if gone(&error) => Err(self.runtime_died()),
+                Err(source) => Err(CriuError::Talk { with: Side::Runtime, source }),
+            },
+            packet = self.criu.receive() => match packet {
+                Ok(Some(_)) => Err(CriuError::OutOfTurn { from: Side::Criu }),
+                Ok(None) => Err(self.criu_died()),
+                Err(error) if gone(&error) => Err(self.criu_died()),
+                Err(source) => Err(CriuError::Talk { with: Side::Criu, source }),
+            },
+        }
+    }
+
+    /// CRIU's next packet. What the runtime sends meanwhile is passed along;
+    /// its death matters only before the decision.
+    async fn from_criu_or_relay(&mut self) -> Result<Packet, CriuError> {
+        let mut listening = !self.decided;
+        loop {
+            tokio::select! {
+                packet = self.criu.receive() => return match packet {
+                    Ok(Some(packet)) => Ok(packet),
+                    Ok(None) => Err(self.criu_died()),
+                    Err(error) if gone(&error) => Err(self.criu_died()),
+                    Err(source) => Err(CriuError::Talk { with: Side::Criu, source }),
+                },
+                packet = self.runtime.receive(), if listening => match packet {
+                    Ok(Some(packet)) => self.to_criu(&packet).await?,
+                    Ok(None) if self.decided => listening = false,
+                    Ok(None) => return Err(self.runtime_died()),
+                    Err(error) if gone(&error) => return Err(self.runtime_died()),
+                    Err(source) => {
+                        return Err(CriuError::Talk { with: Side::Runtime, source });
+                    }
+                },
+            }
+        }
+    }
+
+    async fn answer(&mut self, ok: bool) -> Result<(), CriuError> {
+        self.decide(ok);
+        let answer = CriuReq {
+            r#type: CriuReqType::Notify.into(),
+            notify_success: Some(ok),
+            ..Default::default()
+        };
+        self.to_criu(&Packet::new(answer.encode_to_vec())).await
+    }
+
+    fn decide(&mut self, ok: bool) {
+        if ok && self.kind == Kind::Dump && self.last == "post-dump" {
+            self.decided = true;
+        }
+    }
+
+    /// A runtime that is gone does not read the answer: not our failure.
+    async fn end(&mut self, packet: &Packet, outcome: Outcome) {
+        let _ = self.runtime.send(packet).await;
+        self.state = State::Ended(outcome);
+    }
+
+    async fn to_criu(&mut self, packet: &Packet) -> Result<(), CriuError> {
+        match self.criu.send(packet).await {
+            Ok(()) => Ok(()),
+            Err(error) if gone(&error) => Err(self.criu_died()),
+            Err(source) => Err(CriuError::Talk { with: Side::Criu, source }),
+        }
+    }
+
+    fn read(&self, packet: &Packet) -> Result<Said, CriuError> {
+        let bad = |source| CriuError::Malformed { from: Side::Criu, source };
+        let fields = Fields::parse(&packet.bytes).map_err(bad)?;
+        if fields.varint(REQ_TYPE) == Some(CriuReqType::Notify as u64) {
+            let notify = fields.bytes(RESP_NOTIFY).ok_or(bad(BadFields::Missing))?;
+            let notify = Fields::parse(notify).map_err(bad)?;
+            let script = notify.bytes(NOTIFY_SCRIPT).ok_or(bad(BadFields::Missing))?;
+            let script = String::from_utf8_lossy(script).into_owned();
+            let pid = notify.varint(NOTIFY_PID).map(|pid| pid as i32).filter(|&pid| pid > 0);
+            return Ok(Said::Notification(Notified { script, pid }));
+        }
+        let answer =
+            CriuResp::decode(packet.bytes.as_slice()).map_err(|_| bad(BadFields::Missing))?;
+        Ok(Said::Answer(Outcome {
+            success: answer.success,
+            pid: answer.restore.map(|restore| restore.pid),
+            errno: answer.cr_errno,
+            message: answer.cr_errmsg,
+        }))
+    }
+
+    fn criu_died(&self) -> CriuError {
+        CriuError::CriuDied { during: self.last.clone(), stderr: self.dir.stderr() }
+    }
+
+    fn runtime_died(&self) -> CriuError {
+        CriuError::RuntimeDied { during: self.last.clone() }
+    }
+}
+
+enum Said {
+    Notification(Notified),
+    Answer(Outcome),
+}
+
+fn decode_options(request: &Fields) -> Result<CriuOpts, BadFields> {
+    let opts = request.bytes(REQ_OPTS).ok_or(BadFields::Missing)?;
+    CriuOpts::decode(opts).map_err(|_| BadFields::Missing)
+}
+
+/// A socket whose other end went away with unread bytes says so this way.
+fn gone(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind::{BrokenPipe, ConnectionReset, NotConnected};
+    matches!(error.kind(), ConnectionReset | BrokenPipe | NotConnected)
+}
+
+/// Options that can be changed; every other stays as the runtime sent it.
+pub struct Amendments<'a> {
+    fields: &'a mut Fields,
+    kept: &'a mut Vec<OwnedFd>,
+}
+
+macro_rules! switches {
+    ($($(#[$doc:meta])* $name:ident = $number:ident;)*) => {
+        $($(#[$doc])* pub fn $name(&mut self, on: bool) {
+            self.fields.set_varint(opt::$number, on.into());
+        })*
+    };
+}
+
+impl Amendments<'_> {
+    switches! {
+        leave_running = LEAVE_RUNNING;
+        ext_unix_sk = EXT_UNIX_SK;
+        /// Keep established connections, by TCP repair.
+        tcp_established = TCP_ESTABLISHED;
+        /// Restore established connections as closed ones.
+        tcp_close = TCP_CLOSE;
+        /// Forget connections that were not accepted yet.
+        tcp_skip_in_flight = TCP_SKIP_IN_FLIGHT;
+        shell_job = SHELL_JOB;
+        file_locks = FILE_LOCKS;
+        /// Deleted files that still have another name get a temporary one.
+        link_remap = LINK_REMAP;
+        lazy_pages = LAZY_PAGES;
+    }
+
+    /// Where the images are: a descriptor of ours, kept until CRIU is done.
+    pub fn images_dir(&mut self, dir: OwnedFd) {
+        self.fields.set_int32(opt::IMAGES_DIR_FD, dir.as_raw_fd());
+        self.kept.push(dir);
+    }
+
+    /// Where the log goes, and `lazy-pages.socket` is looked for.
+    pub fn work_dir(&mut self, dir: OwnedFd) {
+        self.fields.set_int32(opt::WORK_DIR_FD, dir.as_raw_fd());
+        self.kept.push(dir);
+    }
+
+    pub fn log_level(&mut self, level: i32) {
+        self.fields.set_int32(opt::LOG_LEVEL, level);
+    }
+
+    pub fn log_file(&mut self, name: &str) {
+        self.fields.set_bytes(opt::LOG_FILE, name.as_bytes());
+    }
+
+    pub fn network_lock(&mut self, method: transship_api::criu::CriuNetworkLockMethod) {
+        self.fields.set_int32(opt::NETWORK_LOCK, method.into());
+    }
+
+    /// `None`: seize with ptrace only (milliseconds; CRIU polls a freezer
+    /// cgroup in steps of 100 ms).
+    pub fn freeze_cgroup(&mut self, path: Option<&str>) {
+        match path {
+            Some(path) => self.fields.set_bytes(opt::FREEZE_CGROUP, path.as_bytes()),
+            None => self.fields.remove(opt::FREEZE_CGROUP),
+        }
+    }
+
+    /// Up to this size deleted files travel inside the images.
+    pub fn ghost_limit(&mut self, bytes: u32) {
+        self.fields.set_varint(opt::GHOST_LIMIT, bytes.into());
+    }
+
+    /// Seconds that seizing the tasks may take.
+    pub fn timeout(&mut self, seconds: u32) {
+        self.fields.set_varint(opt::TIMEOUT, seconds.into());
+    }
+
+    pub fn external(&mut self, resource: &str) {
+        self.fields.add_bytes(opt::EXTERNAL, resource.as_bytes());
+    }
+}

@@ -1,0 +1,142 @@
+//! What the OCI runtime starts when it wants CRIU.
+//!
+//! `criu swrk N` speaks RPC on descriptor N. The stub gives that descriptor to
+//! the gate, puts the one it gets back in its place and becomes the real CRIU:
+//! same pid, same parent, same cgroup. It enters no namespace: CRIU's working
+//! directory would lie in a foreign one and its mounts would fail (EINVAL).
+
+use std::{
+    env,
+    ffi::{OsStr, OsString},
+    fs::{File, OpenOptions},
+    io::{self, Write},
+    os::{
+        fd::{AsFd, RawFd},
+        unix::{fs::OpenOptionsExt, process::CommandExt},
+    },
+    path::{Path, PathBuf},
+    process::{self, Command},
+};
+
+use crate::{features, packet::Packet, sys};
+
+/// Where the gate listens.
+pub(crate) const GATE: &str = "TRANSSHIP_GATE";
+/// The real CRIU.
+pub(crate) const CRIU: &str = "TRANSSHIP_CRIU";
+/// Beside the gate's socket: what CRIU and the stub say on stderr.
+pub(crate) const STDERR: &str = "criu.err";
+
+/// Out of the way of CRIU's first descriptors; any free number would do.
+const COPIES_ABOVE: RawFd = 16;
+
+/// When this process was started under the name `criu` it is the stub, and
+/// this call does not return. Call it first in `main`: every millisecond here
+/// is one of the container's pause.
+pub fn become_criu_if_asked() {
+    let mut arguments = env::args_os();
+    let name = arguments.next().unwrap_or_default();
+    if Path::new(&name).file_name() != Some(OsStr::new("criu")) {
+        return;
+    }
+    let arguments: Vec<OsString> = arguments.collect();
+    let gate = env::var_os(GATE).map(PathBuf::from);
+    let error = run(gate.as_deref(), &arguments);
+    complain(gate.as_deref(), &error);
+    process::exit(127);
+}
+
+/// Returns only with an error.
+fn run(gate: Option<&Path>, arguments: &[OsString]) -> io::Error {
+    let Some(criu) = features::find_criu() else {
+        return io::Error::new(io::ErrorKind::NotFound, "no criu in PATH");
+    };
+    if let (Some(gate), Some(number)) = (gate, rpc_descriptor(arguments))
+        && let Err(error) = hand_over(gate, number)
+    {
+        return error;
+    }
+    let mut command = Command::new(&criu);
+    command.arg0("criu").args(arguments);
+    forget_the_gate(&mut command, gate);
+    let error = command.exec();
+    io::Error::new(error.kind(), format!("executing {}: {error}", criu.display()))
+}
+
+fn rpc_descriptor(arguments: &[OsString]) -> Option<RawFd> {
+    match arguments {
+        [verb, number, ..] if verb == "swrk" => number.to_str()?.parse().ok(),
+        _ => None,
+    }
+}
+
+/// On restore the runtime starts CRIU with the *container's* stdout and stderr
+/// and names them in the request (`inherit_fd`). What CRIU or its loader
+/// prints must not land in the container's log: the container's two move to
+/// other numbers, which the gate puts into the request.
+fn hand_over(gate: &Path, number: RawFd) -> io::Result<()> {
+    let rpc = sys::inherited(number)?;
+    let stdout = sys::copy_above(1, COPIES_ABOVE)?;
+    let stderr = sys::copy_above(2, COPIES_ABOVE)?;
+    let own = open_stderr(gate)?;
+    sys::place(own.try_clone()?.into(), 1)?;
+    sys::place(own.into(), 2)?;
+
+    let socket = sys::connect_to(gate)?;
+    let hello = Packet { bytes: Hello { stdout, stderr }.encode(), descriptors: vec![rpc] };
+    sys::send(socket.as_fd(), &hello, true)?;
+    drop(hello);
+    let answer = sys::receive(socket.as_fd(), 64, true)?;
+    let Some(ours) = answer.and_then(|mut packet| packet.descriptors.pop()) else {
+        return Err(io::Error::new(io::ErrorKind::ConnectionAborted, "the gate gave no socket"));
+    };
+    sys::place(ours, number)
+}
+
+fn open_stderr(gate: &Path) -> io::Result<File> {
+    let path = gate.with_file_name(STDERR);
+    OpenOptions::new().append(true).create(true).mode(0o600).open(path)
+}
+
+/// CRIU and what it starts (tar, iptables) see the world as without us.
+fn forget_the_gate(command: &mut Command, gate: Option<&Path>) {
+    command.env_remove(GATE).env_remove(CRIU);
+    let dir = gate.and_then(Path::parent);
+    let kept = env::var_os("PATH").and_then(|path| {
+        env::join_paths(env::split_paths(&path).filter(|entry| Some(entry.as_path()) != dir)).ok()
+    });
+    if let Some(path) = kept {
+        command.env("PATH", path);
+    }
+}
+
+/// To the gate's file if there is one: our stderr may be the container's.
+fn complain(gate: Option<&Path>, error: &io::Error) {
+    let line = format!("criu stub: {error}\n");
+    let told = gate.and_then(|gate| open_stderr(gate).ok()?.write_all(line.as_bytes()).ok());
+    if told.is_none() && gate.is_none() {
+        eprint!("{line}");
+    }
+}
+
+/// The stub's only message: where the container's stdout and stderr are now.
+/// Stub and gate are one binary, so its shape may change with it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Hello {
+    pub stdout: RawFd,
+    pub stderr: RawFd,
+}
+
+impl Hello {
+    pub fn encode(self) -> Vec<u8> {
+        [self.stdout.to_ne_bytes(), self.stderr.to_ne_bytes()].concat()
+    }
+
+    pub fn decode(bytes: &[u8]) -> Option<Self> {
+        let (stdout, stderr) = bytes.split_first_chunk::<4>()?;
+        Some(Self {
+            stdout: RawFd::from_ne_bytes(*stdout),
+            stderr: RawFd::from_ne_bytes(stderr.try_into().ok()?),
+        })
+    }
+}
