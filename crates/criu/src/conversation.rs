@@ -237,7 +237,7 @@ impl Conversation {
             })
             .map_err(|source| CriuError::Malformed { from: Side::Runtime, source })?;
         let packet = Packet { bytes: request.encode(), descriptors };
-        self.to_criu(&packet).await
+        self.tell_criu(&packet).await
     }
 
     /// CRIU looks these up in `/proc/PID/fd` of its peer. That is us now, so
@@ -279,7 +279,7 @@ impl Conversation {
                 let (kind, outcome) = (self.kind, outcome.clone());
                 return Err(CriuError::Ended { kind, awaited: script.into(), outcome });
             }
-            let packet = self.from_criu_or_relay().await?;
+            let packet = self.next_of_criu().await?;
             match self.read(&packet)? {
                 Said::Notification(notified) => {
                     self.last.clone_from(&notified.script);
@@ -322,7 +322,7 @@ impl Conversation {
             if let State::Ended(outcome) = self.state {
                 return Ok(outcome);
             }
-            let packet = self.from_criu_or_relay().await?;
+            let packet = self.next_of_criu().await?;
             match self.read(&packet)? {
                 Said::Notification(notified) => {
                     self.last = notified.script;
@@ -348,7 +348,7 @@ impl Conversation {
                     .varint(3)
                     == Some(1);
                 self.decide(ok);
-                self.to_criu(&answer).await
+                self.tell_criu(&answer).await
             }
             Err(CriuError::RuntimeDied { .. }) if self.decided => self.answer(true).await,
             Err(error) => Err(error),
@@ -376,7 +376,7 @@ impl Conversation {
 
     /// CRIU's next packet. What the runtime sends meanwhile is passed along;
     /// its death matters only before the decision.
-    async fn from_criu_or_relay(&mut self) -> Result<Packet, CriuError> {
+    async fn next_of_criu(&mut self) -> Result<Packet, CriuError> {
         let mut listening = !self.decided;
         loop {
             tokio::select! {
@@ -387,7 +387,7 @@ impl Conversation {
                     Err(source) => Err(CriuError::Talk { with: Side::Criu, source }),
                 },
                 packet = self.runtime.receive(), if listening => match packet {
-                    Ok(Some(packet)) => self.to_criu(&packet).await?,
+                    Ok(Some(packet)) => self.tell_criu(&packet).await?,
                     Ok(None) if self.decided => listening = false,
                     Ok(None) => return Err(self.runtime_died()),
                     Err(error) if gone(&error) => return Err(self.runtime_died()),
@@ -406,7 +406,7 @@ impl Conversation {
             notify_success: Some(ok),
             ..Default::default()
         };
-        self.to_criu(&Packet::new(answer.encode_to_vec())).await
+        self.tell_criu(&Packet::new(answer.encode_to_vec())).await
     }
 
     fn decide(&mut self, ok: bool) {
@@ -421,7 +421,7 @@ impl Conversation {
         self.state = State::Ended(outcome);
     }
 
-    async fn to_criu(&mut self, packet: &Packet) -> Result<(), CriuError> {
+    async fn tell_criu(&mut self, packet: &Packet) -> Result<(), CriuError> {
         match self.criu.send(packet).await {
             Ok(()) => Ok(()),
             Err(error) if gone(&error) => Err(self.criu_died()),
