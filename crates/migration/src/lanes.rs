@@ -51,6 +51,8 @@ pub(crate) async fn send_pass(
     pass: Pass,
     before: Option<Arc<Index>>,
 ) -> Result<(Arc<Index>, Totals), MigrationError> {
+    // Once the container is frozen a change is no race but an error.
+    let last = pass.last;
     writer.control(&ShimMessage { message: Some(Message::Pass(pass)) }).await?;
     let (queue, mut chunks) = mpsc::channel::<Bytes>(QUEUE);
     let layer = layer.clone();
@@ -59,7 +61,11 @@ pub(crate) async fn send_pass(
             let gone = || io::Error::new(io::ErrorKind::BrokenPipe, "the link is gone");
             queue.blocking_send(Bytes::copy_from_slice(bytes)).map_err(|_| gone())
         };
-        transship_rootfs::send(&layer, before.as_deref(), &mut sink)
+        if last {
+            transship_rootfs::send_frozen(&layer, before.as_deref(), &mut sink)
+        } else {
+            transship_rootfs::send(&layer, before.as_deref(), &mut sink)
+        }
     });
     let mut sent = Ok(());
     while let Some(chunk) = chunks.recv().await {
@@ -105,6 +111,11 @@ pub(crate) async fn receive_pass(
         (Err(error), _) => Err(error),
         (Ok(false), Ok(_)) => Err(MigrationError::malformed("data after the end of a pass")),
     }
+}
+
+/// What was applied is on disk when this returns.
+pub(crate) async fn sync(root: PathBuf) -> Result<(), MigrationError> {
+    Ok(joined(task::spawn_blocking(move || transship_rootfs::sync(&root)).await)?)
 }
 
 /// Data frames into the queue, up to the end mark; false if nobody listens.

@@ -18,7 +18,7 @@ use crate::{
     Journal, Manifest, MigrationError,
     error::chain,
     journal::State,
-    lanes::{hear, receive_image, receive_pass, say},
+    lanes::{hear, receive_image, receive_pass, say, sync},
     limits,
 };
 
@@ -97,10 +97,15 @@ async fn until_commit<T: Target>(
     say(&mut channel.writer, Message::Waiting(Waiting {})).await?;
 
     receive(channel, target, &manifest).await?;
-    timeout(limits::RESTORE, target.restore()).await.map_err(|_| MigrationError::Timeout {
+    // What the container had made durable must be so here before the source
+    // gives it up; the disk works while CRIU does.
+    let root = target.root();
+    let (restored, synced) = tokio::join!(timeout(limits::RESTORE, target.restore()), sync(root));
+    restored.map_err(|_| MigrationError::Timeout {
         what: "CRIU's restore",
         seconds: limits::RESTORE.as_secs(),
     })??;
+    synced?;
 
     journal.record(State::Prepared)?;
     channel.reader.set_deadline(limits::COMMIT);
@@ -127,6 +132,10 @@ async fn receive<T: Target>(
         match message {
             Message::Pass(pass) if images == 0 => {
                 let totals = receive_pass(&mut channel.reader, &target.root()).await?;
+                if !pass.last {
+                    // Takes the load off the sync within the pause.
+                    sync(target.root()).await?;
+                }
                 info!(pass = pass.number, last = pass.last, bytes = totals.bytes, "pass applied");
                 let done = PassDone { number: pass.number };
                 say(&mut channel.writer, Message::PassDone(done)).await?;
