@@ -1,6 +1,6 @@
 //! A container on its way in, from its lease to its task.
 
-use std::{collections::HashSet, time::Duration};
+use std::{collections::HashSet, fs::File, path::PathBuf, time::Duration};
 
 use containerd_client::{
     services::v1::{
@@ -31,12 +31,18 @@ const CREATES_WITHIN: Duration = Duration::from_secs(120);
 pub struct ContainerdArrival {
     pub(super) daemon: Containerd,
     pub(super) lease: Lease,
+    /// Our ends of the task's outputs, as long as it is arriving.
+    outputs: Vec<File>,
 }
 
 impl ContainerdArrival {
+    pub(super) fn under(lease: Lease, daemon: Containerd) -> Self {
+        Self { daemon, lease, outputs: Vec::new() }
+    }
+
     /// Everything up to the task. After an error what was made so far is
     /// still there, for `undo`.
-    pub(super) async fn make(&self, arrival: &Arrival) -> Result<()> {
+    pub(super) async fn make(&mut self, arrival: &Arrival) -> Result<()> {
         let Arrival { key, record, .. } = arrival;
         if *key != self.lease.key {
             let reason = format!("the arrival of {} was asked to make {key}", self.lease.key);
@@ -187,14 +193,15 @@ impl ContainerdArrival {
         Ok(())
     }
 
-    fn make_stdio(&self, source: &session::Stdio) -> Result<session::Stdio> {
+    fn make_stdio(&mut self, source: &session::Stdio) -> Result<session::Stdio> {
         let directory = self.stdio_directory();
         let (stdio, fifos) = stdio::arrange(source, &directory, self.lease.key.id());
         stdio::make(&self.daemon.fifos, &directory, &fifos)?;
+        self.outputs = stdio::open_outputs(&stdio, &fifos)?;
         Ok(stdio)
     }
 
-    pub(super) fn stdio_directory(&self) -> std::path::PathBuf {
+    pub(super) fn stdio_directory(&self) -> PathBuf {
         stdio::directory(&self.daemon.fifos, &self.lease.key)
     }
 
@@ -234,6 +241,6 @@ fn name_by_digest(digest: &Digest) -> String {
 impl Containerd {
     pub(super) async fn open_arrival(&self, key: &ContainerKey) -> Result<ContainerdArrival> {
         let lease = self.create_lease(key).await?;
-        Ok(ContainerdArrival { daemon: self.clone(), lease })
+        Ok(ContainerdArrival::under(lease, self.clone()))
     }
 }

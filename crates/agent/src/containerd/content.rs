@@ -9,7 +9,7 @@ use containerd_client::services::v1::{
 };
 use futures::{SinkExt, channel::mpsc};
 use prost_types::FieldMask;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
 use tonic::Streaming;
 use transship_api::session::Descriptor;
 use transship_types::Code;
@@ -23,6 +23,10 @@ use super::{
 
 /// For one piece of a stream: the disk may be slow, but not silent.
 const PIECE: Duration = Duration::from_secs(60);
+/// How long containerd may take to notice that a stream was dropped, and how
+/// often to look.
+const STREAM_ENDS_WITHIN: Duration = Duration::from_secs(10);
+const STREAM_ENDING: Duration = Duration::from_millis(20);
 /// Below containerd's limit for one message; its own readers use as much.
 const PIECE_BYTES: usize = 1 << 20;
 /// Where an image came from. Of a peer's labels only these are taken over;
@@ -79,12 +83,11 @@ impl Containerd {
         if self.blob_info(lease.key.namespace(), &blob.digest).await?.is_some() {
             return Ok(true);
         }
-        let writer = self.open_blob(lease, blob, HashMap::new()).await?;
+        let mut writer = self.open_blob(lease, blob, HashMap::new()).await?;
         if writer.stream.is_none() {
             return Ok(true);
         }
-        drop(writer);
-        self.abort_ingest(lease.key.namespace(), &lease.ingest(blob.digest.as_str())).await?;
+        writer.give_up().await?;
         Ok(false)
     }
 
@@ -125,51 +128,25 @@ impl Containerd {
         blob: &Blob,
         labels: HashMap<String, String>,
     ) -> Result<Writer> {
-        let reference = lease.ingest(blob.digest.as_str());
-        let doing = named(&blob.digest).doing("write");
         let mut writer = Writer {
             daemon: self.clone(),
             lease: lease.clone(),
             blob: blob.clone(),
             labels,
-            doing,
+            doing: named(&blob.digest).doing("write"),
             stream: None,
             written: 0,
         };
-        let (mut requests, queue) = mpsc::channel(1);
-        let open = WriteContentRequest {
-            action: WriteAction::Stat.into(),
-            r#ref: reference,
-            // The size and digest open the door to content that another
-            // namespace has; they are checked again by the commit.
-            total: signed(blob.size),
-            expected: blob.digest.to_string(),
-            ..Default::default()
-        };
-        // The queue is new and has room.
-        let _ = requests.try_send(open);
-        let request = Scope::under(lease)?.request(queue);
-        let opened = self.ask(writer.doing.clone(), PIECE, self.content().write(request)).await;
-        let answers = match opened {
-            Ok(answers) => answers,
+        let state = match writer.open().await {
             Err(error) if error.is_already_exists() => return Ok(writer),
-            Err(error) => return Err(error),
+            other => other?,
         };
-        let mut stream = WriteStream { requests, answers };
-        let state = match writer.answer(&mut stream).await {
-            Ok(state) => state,
-            Err(error) if error.is_already_exists() => return Ok(writer),
-            Err(error) => return Err(error),
-        };
-        writer.stream = Some(stream);
         if blob.size > 0 && state.offset == signed(blob.size) {
             // All of it is there without a byte from us: shared, or written by
             // an attempt that died before its commit. The commit verifies.
             writer.written = blob.size;
             if writer.try_commit().await.is_err() {
-                writer.written = 0;
-                self.abort_ingest(lease.key.namespace(), &lease.ingest(blob.digest.as_str()))
-                    .await?;
+                writer.give_up().await?;
                 return Err(writer.spoilt());
             }
         }
@@ -177,11 +154,22 @@ impl Containerd {
         Ok(writer)
     }
 
+    /// Gives up a blob under way. The stream that wrote it may not have ended
+    /// yet at containerd's end; while it does, its files cannot be removed.
     pub(super) async fn abort_ingest(&self, namespace: &str, reference: &str) -> Result<()> {
-        let request = AbortRequest { r#ref: reference.to_owned() };
-        let request = Scope::of(namespace)?.request(request);
-        let doing = Object::Blob(reference.to_owned()).doing("give up");
-        absent_is_fine(self.ask(doing, CHANGE, self.content().abort(request)).await)
+        let scope = Scope::of(namespace)?;
+        let end = Instant::now() + STREAM_ENDS_WITHIN;
+        loop {
+            let request = scope.request(AbortRequest { r#ref: reference.to_owned() });
+            let doing = Object::Blob(reference.to_owned()).doing("give up");
+            let done = self.ask(doing, CHANGE, self.content().abort(request)).await;
+            match absent_is_fine(done) {
+                Err(error) if error.grpc().is_some() && Instant::now() < end => {
+                    sleep(STREAM_ENDING).await;
+                }
+                done => return done,
+            }
+        }
     }
 
     /// Gives up every blob that this arrival was still writing.
@@ -269,6 +257,45 @@ pub struct Writer {
 }
 
 impl Writer {
+    /// Opens the stream and returns what containerd has of the blob so far.
+    async fn open(&mut self) -> Result<WriteContentResponse> {
+        let end = Instant::now() + STREAM_ENDS_WITHIN;
+        loop {
+            match self.try_open().await {
+                // The reference is ours alone, so it is locked by a stream of
+                // our own that was dropped and has not ended yet.
+                Err(error)
+                    if error.grpc() == Some(tonic::Code::Unavailable) && Instant::now() < end =>
+                {
+                    sleep(STREAM_ENDING).await;
+                }
+                other => return other,
+            }
+        }
+    }
+
+    async fn try_open(&mut self) -> Result<WriteContentResponse> {
+        let open = WriteContentRequest {
+            action: WriteAction::Stat.into(),
+            r#ref: self.reference(),
+            // The size and digest open the door to content that another
+            // namespace has; they are checked again by the commit.
+            total: signed(self.blob.size),
+            expected: self.blob.digest.to_string(),
+            ..Default::default()
+        };
+        let (mut requests, queue) = mpsc::channel(1);
+        // The queue is new and has room.
+        let _ = requests.try_send(open);
+        let request = Scope::under(&self.lease)?.request(queue);
+        let mut client = self.daemon.content();
+        let answers = self.daemon.ask(self.doing.clone(), PIECE, client.write(request)).await?;
+        let mut stream = WriteStream { requests, answers };
+        let state = self.answer(&mut stream).await?;
+        self.stream = Some(stream);
+        Ok(state)
+    }
+
     pub(super) async fn write_bytes(&mut self, bytes: Bytes) -> Result<()> {
         let end = self.written + bytes.len() as u64;
         // Before anything reaches the disk: a peer must not fill it.
@@ -300,13 +327,12 @@ impl Writer {
     pub(super) async fn finish(mut self) -> Result<()> {
         if self.written != self.blob.size {
             // Too short: what came must not be taken up by anybody.
-            self.stream = None;
-            self.give_up().await;
+            self.give_up().await?;
             return Err(self.spoilt());
         }
         match self.try_commit().await {
             Err(error) if error.grpc() == Some(tonic::Code::FailedPrecondition) => {
-                self.give_up().await;
+                self.give_up().await?;
                 Err(self.spoilt())
             }
             other => other,
@@ -347,13 +373,18 @@ impl Writer {
         })
     }
 
-    async fn give_up(&self) {
-        let reference = self.lease.ingest(self.blob.digest.as_str());
-        let namespace = self.lease.key.namespace();
-        if let Err(error) = self.daemon.abort_ingest(namespace, &reference).await {
-            // Undo tries again, and so does the garbage collector.
-            tracing::debug!(%error, "an ingest stays for now");
+    /// Ends the stream from our end, waits for containerd's, and removes what
+    /// was written.
+    async fn give_up(&mut self) -> Result<()> {
+        if let Some(WriteStream { requests, mut answers }) = self.stream.take() {
+            drop(requests);
+            while let Ok(Some(_)) = next_piece(&self.daemon, &self.doing, &mut answers).await {}
         }
+        self.daemon.abort_ingest(self.lease.key.namespace(), &self.reference()).await
+    }
+
+    fn reference(&self) -> String {
+        self.lease.ingest(self.blob.digest.as_str())
     }
 
     fn spoilt(&self) -> ContainerdError {

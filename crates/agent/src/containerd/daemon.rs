@@ -95,9 +95,8 @@ impl Daemon for Containerd {
         Ok(leases
             .map(|lease| {
                 let key = lease.key.clone();
-                let arrival: Box<dyn Arriving> =
-                    Box::new(ContainerdArrival { daemon: self.clone(), lease });
-                (key, arrival)
+                let arrival = ContainerdArrival::under(lease, self.clone());
+                (key, Box::new(arrival) as Box<dyn Arriving>)
             })
             .collect())
     }

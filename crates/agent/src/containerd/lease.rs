@@ -6,7 +6,7 @@ use std::{collections::HashMap, time::Duration};
 
 use containerd_client::services::v1::{
     AddResourceRequest, CreateNamespaceRequest, CreateRequest, DeleteNamespaceRequest,
-    DeleteRequest, GetNamespaceRequest, ListNamespacesRequest, ListRequest, Namespace, Resource,
+    DeleteRequest, ListNamespacesRequest, ListRequest, Namespace, Resource,
 };
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use transship_types::ContainerKey;
@@ -123,19 +123,16 @@ impl Containerd {
         Ok(answer.namespaces.into_iter().map(|namespace| namespace.name).collect())
     }
 
-    /// Whether it had to be made.
+    /// Whether it had to be made. (A look-up by name would not tell: it
+    /// answers for every name.)
     async fn ensure_namespace(&self, name: &str) -> Result<bool> {
-        let object = Object::Namespace(name.to_owned());
-        let get = GetNamespaceRequest { name: name.to_owned() };
-        let doing = object.clone().doing("look up");
-        match self.ask(doing, LOOK_UP, self.namespaces().get(get)).await {
-            Ok(_) => return Ok(false),
-            Err(error) if error.is_not_found() => {}
-            Err(error) => return Err(error),
+        if self.namespace_names().await?.iter().any(|known| known == name) {
+            return Ok(false);
         }
         let namespace = Some(Namespace { name: name.to_owned(), labels: HashMap::new() });
         let create = CreateNamespaceRequest { namespace };
-        match self.ask(object.doing("create"), CHANGE, self.namespaces().create(create)).await {
+        let doing = Object::Namespace(name.to_owned()).doing("create");
+        match self.ask(doing, CHANGE, self.namespaces().create(create)).await {
             Ok(_) => Ok(true),
             // Somebody was faster; then it is theirs.
             Err(error) if error.is_already_exists() => Ok(false),

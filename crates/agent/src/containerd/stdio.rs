@@ -3,13 +3,13 @@
 //! `ctr task attach` finds and, on delete, removes them as it does its own.
 
 use std::{
-    fs::{self, DirBuilder},
+    fs::{self, DirBuilder, File, OpenOptions},
     io::{self, ErrorKind},
-    os::unix::fs::{DirBuilderExt, FileTypeExt},
+    os::unix::fs::{DirBuilderExt, FileTypeExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
 
-use nix::{sys::stat::Mode, unistd::mkfifo};
+use nix::{fcntl::OFlag, sys::stat::Mode, unistd::mkfifo};
 use transship_api::session::Stdio;
 use transship_types::ContainerKey;
 
@@ -63,6 +63,21 @@ pub(super) fn make(root: &Path, directory: &Path, fifos: &[PathBuf]) -> Result<(
             .map_err(|e| ContainerdError::file("create fifo", fifo, e.into()))?;
     }
     Ok(())
+}
+
+/// Opens the outputs for reading. containerd's own shim waits at Create until
+/// somebody has, and another may at Start; whoever attaches later takes over.
+pub(super) fn open_outputs(stdio: &Stdio, fifos: &[PathBuf]) -> Result<Vec<File>> {
+    let outputs = fifos.iter().filter(|fifo| **fifo != Path::new(&stdio.stdin));
+    outputs
+        .map(|fifo| {
+            OpenOptions::new()
+                .read(true)
+                .custom_flags(OFlag::O_NONBLOCK.bits())
+                .open(fifo)
+                .map_err(|e| ContainerdError::file("open", fifo, e))
+        })
+        .collect()
 }
 
 /// Removes the container's directory, and its namespace's if that was the last.
