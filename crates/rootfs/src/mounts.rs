@@ -21,7 +21,8 @@ pub enum Kind {
     /// `userxattr`); under the other prefix they are the container's own.
     /// `links_kept` says that a change to a file of the image shows under all
     /// its hard-linked names (`index=on`), also under those that the upper
-    /// directory lacks; containerd and Docker mount with `index=off`.
+    /// directory lacks, so the image is looked through as well; containerd
+    /// and Docker mount with `index=off`.
     Overlay { user_attributes: bool, links_kept: bool },
     /// No overlay (the native snapshotter, btrfs, devmapper): the layer cannot
     /// be told from the image, so the whole tree is sent and replaces the

@@ -65,9 +65,6 @@ pub(crate) struct Directory {
 #[derive(Debug, Default)]
 struct Group {
     changed: bool,
-    /// Names found, and names there are.
-    found: u64,
-    links: u64,
 }
 
 pub(crate) struct Walk<'a> {
@@ -84,7 +81,7 @@ pub(crate) struct Walk<'a> {
 /// What a name leads to in the merged mount.
 struct Found {
     stamp: Stamp,
-    links: u64,
+    linked: bool,
 }
 
 type LookedUp = (Vec<u8>, Option<Found>);
@@ -121,25 +118,16 @@ impl<'a> Walk<'a> {
 
     /// The layer as it is now, with marks on what differs from `before`.
     pub(crate) fn run(&mut self, before: Option<&Index>) -> Result<Directory, RootfsError> {
-        let mut root = self.everything(before, false)?;
-        let links_kept = matches!(self.layer.kind, Kind::Overlay { links_kept: true, .. });
-        if links_kept && self.groups.values().any(|g| g.changed && g.found < g.links) {
-            // The other names are somewhere in the image; only a look at all
-            // of it finds them.
-            tracing::info!("a file with hard links in the image has changed: sending the image");
-            self.groups.clear();
-            self.entries = 0;
-            root = self.everything(before, true)?;
-        }
+        // With `links_kept` a change shows under names that only the image
+        // has; a look at all of it finds them.
+        let all = matches!(self.layer.kind, Kind::Overlay { links_kept: true, .. });
+        let known = before.map(|index| &index.root);
+        let root = self.directory(&mut PathBuf::new(), known, all)?;
+        let mut root = root.ok_or_else(|| RootfsError::Changed(self.layer.merged.clone()))?;
         for child in &mut root.children {
             self.settle(child);
         }
         Ok(root)
-    }
-
-    fn everything(&mut self, before: Option<&Index>, all: bool) -> Result<Directory, RootfsError> {
-        let root = self.directory(&mut PathBuf::new(), before.map(|index| &index.root), all)?;
-        root.ok_or_else(|| RootfsError::Changed(self.layer.merged.clone()))
     }
 
     /// None if it is no longer there. `all`: the target has nothing of it, so
@@ -174,11 +162,12 @@ impl<'a> Walk<'a> {
         let known = known.filter(|_| same);
         let all = all || upper.is_none() || (replace && !stamp.opaque);
 
-        let listed = match upper {
-            Some(upper) if !all => upper.names,
-            _ => entry::names(&merged).map_err(|e| self.failed("list", path, e))?,
-        };
-        let mut names: BTreeSet<Vec<u8>> = listed.into_iter().collect();
+        // Both, because only the upper directory tells what is gone.
+        let mut names: BTreeSet<Vec<u8>> = BTreeSet::new();
+        if all {
+            names.extend(entry::names(&merged).map_err(|e| self.failed("list", path, e))?);
+        }
+        names.extend(upper.into_iter().flat_map(|upper| upper.names));
         names.extend(known.into_iter().flat_map(|k| k.children.keys().cloned()));
 
         let looked_up = self.look_up_all(path, &merged, names)?;
@@ -221,11 +210,7 @@ impl<'a> Walk<'a> {
             };
             let stamp = stat.map(|stat: Stat| Found {
                 stamp: Stamp::new(&stat, now, self.mapped_unseen),
-                #[allow(
-                    clippy::useless_conversion,
-                    reason = "its type depends on the architecture"
-                )]
-                links: stat.st_nlink.into(),
+                linked: stat.st_nlink > 1,
             });
             found.push((name, stamp));
         }
@@ -244,7 +229,7 @@ impl<'a> Walk<'a> {
             let send = !known.is_some_and(|k| k.mark == Mark::Absent);
             Seen { name, what: What::Gone, send }
         };
-        let Some(Found { stamp, links }) = found else { return Ok(gone(name)) };
+        let Some(Found { stamp, linked }) = found else { return Ok(gone(name)) };
         if stamp.is_directory() {
             let Some(directory) = self.directory(path, known, all)? else {
                 return Ok(gone(name));
@@ -255,12 +240,8 @@ impl<'a> Walk<'a> {
             return Ok(Seen { name, what: What::Directory(directory), send: !holds });
         }
         let send = !known.and_then(Known::stamp).is_some_and(|was| was.holds(&stamp));
-        let linked = links > 1;
         if linked {
-            let group = self.groups.entry(stamp.object()).or_default();
-            group.changed |= send;
-            group.found += 1;
-            group.links = links;
+            self.groups.entry(stamp.object()).or_default().changed |= send;
         }
         Ok(Seen { name, what: What::Other { stamp, linked }, send })
     }

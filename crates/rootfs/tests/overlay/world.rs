@@ -141,11 +141,15 @@ impl World {
     /// whiteout: it lists a name of the image again that it still says is not
     /// there, until its cache lets go. Either answer is right for such a name.
     fn forgotten(&self, path: &Path) -> bool {
-        let full = self.source.merged.join(path);
-        let listed = full.parent().and_then(|parent| fs::read_dir(parent).ok()).is_some_and(|l| {
-            l.flatten().any(|entry| Some(entry.file_name().as_os_str()) == full.file_name())
-        });
-        listed && full.symlink_metadata().is_err()
+        path.ancestors().any(|path| {
+            let full = self.source.merged.join(path);
+            let (Some(parent), Some(name)) = (full.parent(), full.file_name()) else {
+                return false;
+            };
+            full.symlink_metadata().is_err()
+                && fs::read_dir(parent)
+                    .is_ok_and(|list| list.flatten().any(|e| e.file_name() == name))
+        })
     }
 
     pub fn assert_same(&self) {
