@@ -148,6 +148,7 @@ async fn a_container_arrives_and_is_kept() {
     assert_eq!(target.ctr("containers ls -q"), "");
     assert!(!Path::new(&task.stdio.stdout).exists());
     // The image's own two snapshots stay, as after any pull.
+    target.collect_garbage();
     assert_eq!(target.ctr("snapshots ls").lines().count(), 3);
     target.ctr(&format!("run --rm {RUNTIME} {IMAGE} tsagent-kept-again cat /etc/version"));
 }
@@ -338,6 +339,30 @@ async fn content_of_another_namespace_needs_no_bytes() {
     target.collect_garbage();
     let origin = target.daemon.origin_of(&world.key).await.unwrap();
     assert_eq!(target.daemon.missing("default", &origin).await.unwrap(), [""; 0]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restart_of_containerd_is_survived() {
+    if !in_private() {
+        return;
+    }
+    let mut world = World::with("tsagent-restart").await;
+    world.run();
+    let arrival = world.leave().await;
+    let before = world.target.inventory();
+    let mut arriving = world.target.daemon.arrival(&world.key).await.unwrap();
+    world.bring(&mut *arriving, &arrival.content).await;
+    arriving.create(&arrival).await.unwrap();
+
+    world.target.kill_containerd();
+    let error = arriving.start().await.unwrap_err();
+    assert_eq!(error.code(), Code::Daemon, "{error}");
+    let error = arriving.undo().await.unwrap_err();
+    assert_eq!(error.code(), Code::Daemon, "{error}");
+    world.target.start_containerd().await;
+    let (_, again) = world.target.daemon.unfinished().await.unwrap().pop().unwrap();
+    again.undo().await.unwrap();
+    assert_eq!(world.target.inventory(), before);
 }
 
 #[tokio::test(flavor = "multi_thread")]

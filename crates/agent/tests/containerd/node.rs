@@ -79,22 +79,30 @@ impl Node {
             state = dir.path().join("state"),
         );
         fs::write(&config, text).expect("write the configuration");
-        let log = fs::File::create(dir.path().join("log")).expect("make the log");
-        let child = Command::new("containerd")
-            .arg("--config")
-            .arg(&config)
-            .stdout(Stdio::null())
-            .stderr(log)
-            .spawn()
-            .expect("start containerd");
         let daemon = Containerd::at(&socket);
+        let child = spawn(dir.path());
         let node = Node { dir, socket, child, daemon };
+        node.wait_until_it_answers().await;
+        node
+    }
+
+    async fn wait_until_it_answers(&self) {
         let end = Instant::now() + STARTS_WITHIN;
-        while let Err(error) = node.daemon.version().await {
-            assert!(Instant::now() < end, "containerd does not start: {error}\n{}", node.log());
+        while let Err(error) = self.daemon.version().await {
+            assert!(Instant::now() < end, "containerd does not start: {error}\n{}", self.log());
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
-        node
+    }
+
+    /// The shims and their containers live on.
+    pub fn kill_containerd(&mut self) {
+        self.child.kill().expect("kill containerd");
+        self.child.wait().expect("wait for containerd");
+    }
+
+    pub async fn start_containerd(&mut self) {
+        self.child = spawn(self.dir.path());
+        self.wait_until_it_answers().await;
     }
 
     /// The end of containerd's log, for failures.
@@ -184,6 +192,17 @@ impl Node {
         all.insert("mounts".into(), ours.len().to_string());
         all
     }
+}
+
+fn spawn(directory: &Path) -> Child {
+    let log = fs::File::options().create(true).append(true).open(directory.join("log"));
+    Command::new("containerd")
+        .arg("--config")
+        .arg(directory.join("config.toml"))
+        .stdout(Stdio::null())
+        .stderr(log.expect("make the log"))
+        .spawn()
+        .expect("start containerd")
 }
 
 /// Ends what still runs, so that no control group stays behind; processes end
