@@ -59,15 +59,6 @@ impl Oci {
         &self.binary
     }
 
-    /// State of the runtime for this namespace (its `--root`).
-    pub fn root(&self) -> &Path {
-        &self.root
-    }
-
-    pub fn systemd_cgroup(&self) -> bool {
-        self.systemd_cgroup
-    }
-
     pub fn kind(&self) -> Kind {
         let name = self.binary.file_name().unwrap_or_default().to_string_lossy();
         if name.contains("crun") { Kind::Crun } else { Kind::Runc }
@@ -186,15 +177,6 @@ impl Oci {
         }
     }
 
-    /// The runtime's own idea of the container.
-    pub async fn state(&self, id: &str) -> Result<serde_json::Value> {
-        let mut command = self.command("state");
-        command.arg(id);
-        let printed = self.output("state", command).await?;
-        serde_json::from_slice(&printed)
-            .map_err(Error::other(format!("decode the runtime's state of {id}")))
-    }
-
     /// Where the log ends now; [`said_since`](Self::said_since) starts there.
     pub fn log_mark(&self) -> u64 {
         fs::metadata(&self.log).map_or(0, |log| log.len())
@@ -252,7 +234,7 @@ fn errors_of(log: &str) -> Option<String> {
         .map(|line| line.msg)
         .collect();
     if errors.is_empty() {
-        return lines().last().map(|line| line.msg).filter(|msg| !msg.is_empty());
+        return lines().next_back().map(|line| line.msg).filter(|msg| !msg.is_empty());
     }
     Some(errors.join("; "))
 }
@@ -308,7 +290,7 @@ not json
     fn options_choose_the_runtime() {
         let oci = Oci::new(&RuntimeOptions::default(), "k8s.io", Path::new("/b"));
         assert_eq!(
-            (oci.kind(), oci.root()),
+            (oci.kind(), oci.root.as_path()),
             (Kind::Runc, Path::new("/run/containerd/runc/k8s.io"))
         );
         let options = RuntimeOptions {
@@ -317,6 +299,6 @@ not json
             ..Default::default()
         };
         let oci = Oci::new(&options, "default", Path::new("/b"));
-        assert_eq!((oci.kind(), oci.root()), (Kind::Crun, Path::new("/r/default")));
+        assert_eq!((oci.kind(), oci.root.as_path()), (Kind::Crun, Path::new("/r/default")));
     }
 }

@@ -107,7 +107,7 @@ impl Pod {
     fn link(&self, key: &ContainerKey) -> io::Result<()> {
         let link = paths::shim_socket(key);
         match fs::remove_file(&link) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             _ => symlink(&self.0.control, link),
         }
     }

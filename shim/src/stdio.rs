@@ -28,7 +28,7 @@ use nix::{
     fcntl::OFlag,
     unistd::{Gid, Uid, fchown, pipe2},
 };
-use tokio::{net::unix::pipe, process::Command, task::JoinSet, time::timeout};
+use tokio::{net::unix::pipe, process::Command, sync::mpsc, task::JoinSet, time::timeout};
 use transship_types::ContainerKey;
 
 pub use self::uri::Urls;
@@ -128,26 +128,12 @@ impl Prepared {
         Ok(())
     }
 
-    /// The container's ends of stdin, stdout and stderr; None where it has
-    /// /dev/null. Empty for a terminal, whose ends only the runtime knows.
-    pub fn container_ends(&self) -> Vec<Option<&OwnedFd>> {
-        match &self.kind {
-            Wiring::Terminal { .. } => Vec::new(),
-            Wiring::Pipes { stdin, stdout, stderr } => {
-                [stdin, stdout, stderr].map(|pipe| pipe.as_ref().map(|p| &p.theirs)).into()
-            }
-        }
-    }
-
-    pub fn terminal(&self) -> bool {
-        self.urls.terminal
-    }
-
     /// Begins to copy, once the runtime has succeeded. Lets go of the
     /// container's ends, so that its exit is seen as the end of its output.
     pub async fn connect(self) -> Result<Live> {
+        let (copying, copied) = mpsc::channel(1);
         let mut live =
-            Live { stdin: None, console: None, pumps: JoinSet::new(), logger: self.logger };
+            Live { stdin: None, console: None, pumps: JoinSet::new(), copied, logger: self.logger };
         match self.kind {
             Wiring::Pipes { stdin, stdout, stderr } => {
                 if let Some(write) = stdin.and_then(|pipe| pipe.ours) {
@@ -161,7 +147,7 @@ impl Prepared {
                     let Some(read) = pipe.and_then(|pipe| pipe.ours) else { continue };
                     let read = pipe::Receiver::from_owned_fd(read)
                         .map_err(Error::io("watch an output pipe"))?;
-                    live.pumps.spawn(pump::copy_out(read, one_file.sink(url)?));
+                    live.pumps.spawn(pump::copy_out(read, one_file.sink(url)?, copying.clone()));
                 }
             }
             Wiring::Terminal { socket, output } => {
@@ -177,7 +163,7 @@ impl Prepared {
                     ),
                     None => OneFile::of(&self.urls)?.sink(&self.urls.stdout)?,
                 };
-                live.pumps.spawn(pump::copy_console(console.clone(), sink));
+                live.pumps.spawn(pump::copy_console(console.clone(), sink, copying));
                 live.console = Some(console);
             }
         }
@@ -270,6 +256,8 @@ pub struct Live {
     stdin: Option<pipe::Sender>,
     console: Option<Arc<Console>>,
     pumps: JoinSet<()>,
+    /// Closed once all output of the process was copied.
+    copied: mpsc::Receiver<()>,
     logger: Option<Logger>,
 }
 
@@ -300,13 +288,13 @@ impl Live {
         }
     }
 
-    /// The process has ended: nobody reads its stdin any more, its output is
-    /// copied to the end, at most for [`DRAIN`].
+    /// The process has ended and is deleted: nobody reads its stdin any more,
+    /// its output is copied to the end, at most for [`DRAIN`]. A client that
+    /// wants output reads it before it deletes.
     pub async fn drain(mut self) {
-        self.stdin = None;
-        let rest = async { while self.pumps.join_next().await.is_some() {} };
-        let _ = timeout(DRAIN, rest).await;
+        let _ = timeout(DRAIN, self.copied.recv()).await;
         self.pumps.shutdown().await;
+        self.stdin = None;
         if let Some(logger) = self.logger {
             logger.end().await;
         }

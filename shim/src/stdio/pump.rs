@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use tokio::{io::AsyncWriteExt, net::unix::pipe, time::sleep};
+use tokio::{io::AsyncWriteExt, net::unix::pipe, sync::mpsc, time::sleep};
 use tracing::warn;
 
 use super::console::Console;
@@ -64,13 +64,15 @@ pub async fn copy_in(mut from: pipe::Receiver, mut to: Sink) {
     }
 }
 
-/// From the container's pipe to the client, up to the end of file.
-pub async fn copy_out(mut from: pipe::Receiver, mut to: Sink) {
+/// From the container's pipe to the client, up to the end of file; drops
+/// `copying` then.
+pub async fn copy_out(mut from: pipe::Receiver, mut to: Sink, copying: mpsc::Sender<()>) {
     if let Err(error) = copy(&mut from, &mut to).await {
         warn!(%error, "copying output failed; what follows is dropped");
         // A container must not block on a client's full disk.
         let _ = copy(&mut from, &mut Sink::Null).await;
     }
+    drop(copying);
     to.linger().await;
 }
 
@@ -88,7 +90,7 @@ async fn copy(from: &mut pipe::Receiver, to: &mut Sink) -> io::Result<()> {
 }
 
 /// From a terminal to the client, until nobody has the terminal any more.
-pub async fn copy_console(from: Arc<Console>, mut to: Sink) {
+pub async fn copy_console(from: Arc<Console>, mut to: Sink, copying: mpsc::Sender<()>) {
     loop {
         match from.read(CHUNK).await {
             Ok(Some(bytes)) => {
@@ -103,5 +105,6 @@ pub async fn copy_console(from: Arc<Console>, mut to: Sink) {
             }
         }
     }
+    drop(copying);
     to.linger().await;
 }

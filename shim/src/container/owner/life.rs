@@ -128,14 +128,22 @@ impl Owner {
             return answer(reply, self.kill_unborn(signal));
         }
         let occupied = matches!(self.turn, Turn::Migration | Turn::Checkpoint);
-        // The runtime thaws what it kills. Not under a dump, not under a
-        // migration: there the signal waits until the processes run again.
+        // Killing thaws. Not under a dump, not under a migration: there the
+        // signal waits until the processes run again.
         let by_runtime = !occupied && (all || self.state == State::Paused);
         if !by_runtime {
             return answer(reply, self.init.signal(signal));
         }
         let context = self.context.clone();
-        let kill = async move { context.oci.kill(context.id(), signal, all).await };
+        // Not every runtime thaws what it kills.
+        let thaws = self.state == State::Paused && signal == libc::SIGKILL as u32;
+        let frozen = self.cgroup.clone().filter(|_| thaws);
+        let kill = async move {
+            context.oci.kill(context.id(), signal, all).await?;
+            let Some(cgroup) = frozen else { return Ok(()) };
+            let thawed = tokio::task::spawn_blocking(move || cgroup.thaw()).await;
+            thawed.map_err(Error::other("thaw a killed container"))?
+        };
         self.job(kill, move |owner, killed| {
             let ended = owner.held.is_some() || owner.state == State::Stopped;
             answer(
