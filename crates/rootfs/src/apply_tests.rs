@@ -4,6 +4,7 @@ use std::{
 };
 
 use super::*;
+use crate::format::{Meta, Name};
 
 const DIRECTORY: u32 = 0o040_755;
 const FILE: u32 = 0o100_644;

@@ -32,6 +32,7 @@ mod mounts;
 mod send;
 #[allow(unsafe_code)]
 mod sys;
+mod tree;
 mod walk;
 
 pub use apply::{Receiver, sync};
