@@ -30,7 +30,7 @@ mod error;
 mod image;
 mod inspect;
 mod lease;
-mod room;
+mod plugins;
 pub mod spec;
 mod stdio;
 mod task;
@@ -63,7 +63,6 @@ use transship_types::paths::RUNTIME_DIR;
 
 pub use arriving::ContainerdArrival;
 pub use error::{ContainerdError, Doing, Object};
-pub use room::Room;
 
 use lease::Lease;
 

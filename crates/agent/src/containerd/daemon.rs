@@ -83,7 +83,7 @@ impl Daemon for Containerd {
     }
 
     async fn free_disk(&self) -> Answer<u64> {
-        Ok(self.room().await?.disk_bytes)
+        Ok(self.free_disk_bytes().await?)
     }
 
     async fn arrival(&self, key: &ContainerKey) -> Answer<Box<dyn Arriving>> {

@@ -78,11 +78,6 @@ impl Spec {
         self.0.get("linux").and_then(|linux| text(linux, "cgroupsPath")).unwrap_or_default()
     }
 
-    pub fn terminal(&self) -> bool {
-        let process = self.0.get("process");
-        process.and_then(|p| p.get("terminal")).and_then(Value::as_bool).unwrap_or(false)
-    }
-
     pub fn annotation(&self, key: &str) -> Option<&str> {
         self.0.get("annotations").and_then(|annotations| text(annotations, key))
     }
@@ -105,10 +100,6 @@ impl Spec {
 
     pub fn set_ticket(&mut self, ticket: Option<&Ticket>) {
         self.annotate(TICKET_ANNOTATION, ticket.map(Ticket::as_str));
-    }
-
-    pub fn has_ticket(&self) -> bool {
-        self.annotation(TICKET_ANNOTATION).is_some()
     }
 }
 
@@ -202,16 +193,13 @@ mod tests {
             let mut again = read(&moved.write()).unwrap();
             assert_eq!(again, moved);
             again.set_ticket(None);
-            assert!(!again.has_ticket());
             assert_eq!(again, before);
         }
     }
 
     #[test]
-    fn what_is_asked_for_is_found() {
-        let spec =
-            spec(json!({"process": {"terminal": true}, "linux": {"cgroupsPath": "/default/x"}}));
-        assert!(spec.terminal());
+    fn a_control_group_may_be_left_to_the_runtime() {
+        let spec = spec(json!({"linux": {"cgroupsPath": "/default/x"}}));
         assert_eq!(spec.cgroup_path(), "/default/x");
         assert_eq!(read(b"{}").unwrap().cgroup_path(), "");
     }

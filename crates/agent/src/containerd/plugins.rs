@@ -1,33 +1,22 @@
-//! How much room an arrival would find.
+//! What this containerd is made of: its plugins, and the disk they use.
 
-use std::{fs, path::Path};
+use std::path::Path;
 
 use containerd_client::services::v1::{Plugin, PluginsRequest};
 use nix::sys::statvfs::statvfs;
 
 use super::{Containerd, ContainerdError, LOOK_UP, Object, Result};
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Room {
+impl Containerd {
     /// Free on the file system of the snapshots and that of the content: the
     /// smaller, when they differ.
-    pub disk_bytes: u64,
-    /// What the kernel thinks it could give without swapping.
-    pub memory_bytes: u64,
-}
-
-impl Containerd {
-    pub async fn room(&self) -> Result<Room> {
-        let mut disk_bytes = u64::MAX;
+    pub(super) async fn free_disk_bytes(&self) -> Result<u64> {
         let roots = self.roots().await?;
-        for root in &roots {
-            disk_bytes = disk_bytes.min(free_bytes(Path::new(root))?);
-        }
         if roots.is_empty() {
             // Then the arrival itself will tell.
             tracing::warn!("containerd does not say where its files lie");
         }
-        Ok(Room { disk_bytes, memory_bytes: memory_available()? })
+        roots.iter().try_fold(u64::MAX, |least, root| Ok(least.min(free_bytes(Path::new(root))?)))
     }
 
     /// The snapshotters that work here.
@@ -74,33 +63,4 @@ fn free_bytes(directory: &Path) -> Result<u64> {
         .map_err(|e| ContainerdError::file("look at the file system of", directory, e.into()))?;
     // What root may still take, as containerd runs as root.
     Ok(stat.blocks_free().saturating_mul(stat.fragment_size()))
-}
-
-fn memory_available() -> Result<u64> {
-    let path = Path::new("/proc/meminfo");
-    let text = fs::read_to_string(path).map_err(|e| ContainerdError::file("read", path, e))?;
-    parse_memory_available(&text).ok_or_else(|| {
-        let missing = std::io::Error::other("it has no MemAvailable");
-        ContainerdError::file("understand", path, missing)
-    })
-}
-
-fn parse_memory_available(meminfo: &str) -> Option<u64> {
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn memory_is_read_in_bytes() {
-        let text = "MemTotal:       16000000 kB\nMemAvailable:    1234 kB\nBuffers: 1 kB\n";
-        assert_eq!(parse_memory_available(text), Some(1234 * 1024));
-        for bad in ["", "MemAvailable:", "MemAvailable: many kB", "MemAvailable: 1 MB"] {
-            assert_eq!(parse_memory_available(bad), None, "{bad:?}");
-        }
-        assert!(memory_available().unwrap() > 0);
-    }
 }
