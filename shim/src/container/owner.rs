@@ -2,6 +2,8 @@
 
 mod exec;
 mod life;
+#[cfg(test)]
+mod tests;
 
 use std::{
     collections::{HashMap, VecDeque},
