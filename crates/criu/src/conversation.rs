@@ -26,6 +26,7 @@ use crate::{
     CriuError, Side,
     fields::{BadFields, Fields},
     gate::GateDir,
+    log,
     packet::{Packet, Socket},
     stub::Hello,
 };
@@ -101,6 +102,9 @@ pub struct Conversation {
     state: State,
     /// Descriptors the request names, open here until CRIU is done.
     kept: Vec<OwnedFd>,
+    /// The runtime wants notifications. crun does so for a restore only; then
+    /// we answer in its place.
+    runtime_listens: bool,
     /// The last script seen; says in an error how far CRIU had come.
     last: String,
     /// `post-dump` was answered yes: the tasks die, whoever goes away now.
@@ -129,6 +133,7 @@ mod opt {
     pub const FILE_LOCKS: u32 = 8;
     pub const LOG_LEVEL: u32 = 9;
     pub const LOG_FILE: u32 = 10;
+    pub const NOTIFY_SCRIPTS: u32 = 12;
     pub const WORK_DIR_FD: u32 = 17;
     pub const LINK_REMAP: u32 = 18;
     pub const INHERIT_FD: u32 = 27;
@@ -163,6 +168,7 @@ impl Conversation {
         let request = Fields::parse(&packet.bytes).map_err(bad)?;
         let options = decode_options(&request).map_err(bad)?;
         let state = State::Requested { request, descriptors: packet.descriptors };
+        let runtime_listens = options.notify_scripts();
         let last = "its request".into();
         let kept = Vec::new();
         Ok(Self {
@@ -175,6 +181,7 @@ impl Conversation {
             options,
             state,
             kept,
+            runtime_listens,
             last,
             decided: false,
         })
@@ -226,6 +233,8 @@ impl Conversation {
                 for (number, fd) in &replaced {
                     opts.set_int32(*number, *fd);
                 }
+                // Without it a dump could not be held nor refused.
+                opts.set_varint(opt::NOTIFY_SCRIPTS, 1);
                 // The numbers are CRIU's own; the stub moved two of them. A
                 // malformed entry is CRIU's to refuse.
                 let _ = opts.edit_all(opt::INHERIT_FD, |entry| {
@@ -289,7 +298,7 @@ impl Conversation {
                     }
                     self.deliver(&packet).await?;
                 }
-                Said::Answer(outcome) => self.end(&packet, outcome).await,
+                Said::Answer(outcome) => self.ended(&packet, outcome).await,
             }
         }
     }
@@ -328,7 +337,7 @@ impl Conversation {
                     self.last = notified.script;
                     self.deliver(&packet).await?;
                 }
-                Said::Answer(outcome) => self.end(&packet, outcome).await,
+                Said::Answer(outcome) => self.ended(&packet, outcome).await,
             }
         }
     }
@@ -337,6 +346,9 @@ impl Conversation {
     /// dump is decided a dead runtime changes nothing any more: CRIU must get
     /// its answers, or it would resume what has moved away.
     async fn deliver(&mut self, packet: &Packet) -> Result<(), CriuError> {
+        if !self.runtime_listens {
+            return self.answer(true).await;
+        }
         let answer = match self.runtime.send(packet).await {
             Ok(()) => self.runtime_or_criu_death().await,
             Err(_) => Err(self.runtime_died()),
@@ -416,7 +428,7 @@ impl Conversation {
     }
 
     /// A runtime that is gone does not read the answer: not our failure.
-    async fn end(&mut self, packet: &Packet, outcome: Outcome) {
+    async fn ended(&mut self, packet: &Packet, outcome: Outcome) {
         let _ = self.runtime.send(packet).await;
         self.state = State::Ended(outcome);
     }
@@ -446,7 +458,7 @@ impl Conversation {
             success: answer.success,
             pid: answer.restore.map(|restore| restore.pid),
             errno: answer.cr_errno,
-            message: answer.cr_errmsg,
+            message: answer.cr_errmsg.as_deref().and_then(log::plain),
         }))
     }
 

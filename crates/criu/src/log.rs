@@ -37,6 +37,7 @@ fn explain_lines(lines: impl Iterator<Item = Vec<u8>>) -> Option<String> {
         let line = String::from_utf8_lossy(&line);
         let text = without_clock(&line);
         match severity(text) {
+            Some(Severity::Error) if plain(text).is_none() => {}
             Some(Severity::Error) => {
                 for line in warning.take().into_iter().chain([shorten(text)]) {
                     if kept.contains(&line) {
@@ -54,6 +55,16 @@ fn explain_lines(lines: impl Iterator<Item = Vec<u8>>) -> Option<String> {
     }
     (!kept.is_empty()).then(|| kept.join("; "))
 }
+
+/// One message of CRIU, without clock and line end; `None` if it means nothing.
+pub(crate) fn plain(message: &str) -> Option<String> {
+    let text = shorten(without_clock(message));
+    (!text.is_empty() && !HARMLESS.iter().any(|known| text.contains(known))).then_some(text)
+}
+
+/// Called errors by CRIU, which goes on after them: without CAP_SYS_RESOURCE
+/// it works with fewer descriptors.
+const HARMLESS: [&str; 1] = ["Can't setup RLIMIT_NOFILE for self"];
 
 enum Severity {
     Warning,
@@ -122,6 +133,7 @@ mod tests {
         let log = "(00.000001) Version: 4.2.1\n\
             (00.001000) Warn  (criu/kerndat.c:1): unrelated\n\
             (00.002000) something else\n\
+            (00.002100) Error (criu/util.c:1534): rlimit: Can't setup RLIMIT_NOFILE for self: Operation not permitted\n\
             (00.003000) Warn  (criu/files.c:9): odd file\n\
             (00.003100) Error (criu/files-ext.c:99): Can't dump file 7 of that type [600] (unknown anon_inode:[io_uring])\n\
             (00.004000)     77: Error (criu/cr-dump.c:1669): Dump files (pid: 77) failed with -1\n\

@@ -44,7 +44,12 @@ impl World {
     }
 
     fn options(&self) -> CriuOpts {
-        CriuOpts { images_dir_fd: -1, pid: Some(77), ..Default::default() }
+        CriuOpts {
+            images_dir_fd: -1,
+            pid: Some(77),
+            notify_scripts: Some(true),
+            ..Default::default()
+        }
     }
 }
 
@@ -197,6 +202,30 @@ async fn post_dump_can_be_refused() {
     assert_eq!(scripts, DUMP[..3], "the runtime saw what we answered ourselves");
     assert!(!answer.unwrap().success);
     assert_eq!(soon(criu).await.unwrap().last(), Some(&("post-dump", Some(false))));
+}
+
+/// crun does not ask for notifications at a dump; we need them nevertheless.
+#[tokio::test]
+async fn a_runtime_that_wants_no_notifications_gets_none() {
+    let mut world = World::new().await;
+    let opts = CriuOpts { notify_scripts: None, ..world.options() };
+    world.runtime.request(CriuReqType::Dump, Some(opts)).await.unwrap();
+    let mut talk = soon(world.gate.conversation()).await.unwrap();
+    let criu = world.criu;
+    let criu = tokio::spawn(async move {
+        let opts = criu.receive().await.unwrap().unwrap().opts.unwrap();
+        assert_eq!(opts.notify_scripts, Some(true));
+        for script in DUMP {
+            assert_eq!(criu.notify(script).await.unwrap(), Some(true));
+        }
+        criu.respond(CriuReqType::Dump, true).await.unwrap();
+    });
+    talk.release().await.unwrap();
+    soon(talk.until("post-dump")).await.unwrap();
+    assert!(soon(talk.finish()).await.unwrap().success);
+    soon(criu).await.unwrap();
+    let (scripts, answer) = soon(world.runtime.agree_to_everything()).await.unwrap();
+    assert!(scripts.is_empty() && answer.unwrap().success, "{scripts:?}");
 }
 
 #[tokio::test]
