@@ -1,14 +1,19 @@
 //! Runs an OCI runtime through the gate and prints what CRIU is asked and
-//! says, with times: `watch [--hold SCRIPT] [--refuse SCRIPT] -- runc checkpoint …`.
+//! says, with times:
+//! `watch [--hold SCRIPT] [--refuse SCRIPT] [--images DIR] -- runc checkpoint …`.
+//!
+//! With `--images` the word `@images` among the arguments becomes a directory
+//! in memory, filled from DIR before and copied to DIR afterwards.
 
 use std::{
-    env,
+    env, fs, io,
+    path::{Path, PathBuf},
     process::{ExitCode, Stdio},
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, bail};
-use transship_criu::{Gate, Kind, stub};
+use transship_criu::{Gate, Kind, images::MemoryDir, stub};
 
 fn main() -> anyhow::Result<ExitCode> {
     stub::become_criu_if_asked();
@@ -18,15 +23,24 @@ fn main() -> anyhow::Result<ExitCode> {
 
 async fn watch() -> anyhow::Result<ExitCode> {
     let mut arguments = env::args().skip(1);
-    let (mut hold, mut refuse) = (None, None);
+    let (mut hold, mut refuse, mut saved) = (None, None, None);
     let program = loop {
         match arguments.next().as_deref() {
             Some("--hold") => hold = arguments.next(),
             Some("--refuse") => refuse = arguments.next(),
+            Some("--images") => saved = arguments.next().map(PathBuf::from),
             Some("--") => break arguments.next().context("no program")?,
-            other => bail!("watch [--hold SCRIPT] [--refuse SCRIPT] -- PROGRAM…, not {other:?}"),
+            other => bail!(
+                "watch [--hold SCRIPT] [--refuse SCRIPT] [--images DIR] -- PROGRAM…, not {other:?}"
+            ),
         }
     };
+    let images = MemoryDir::create(None)?;
+    if let Some(dir) = &saved {
+        fill(&images, dir)?;
+    }
+    let in_memory = images.path().display().to_string();
+    let arguments = arguments.map(|word| if word == "@images" { in_memory.clone() } else { word });
     let begin = Instant::now();
     let tell = |text: String| eprintln!("{:9.3} {text}", begin.elapsed().as_secs_f64() * 1e3);
     let mut gate = Gate::open().await?;
@@ -62,5 +76,26 @@ async fn watch() -> anyhow::Result<ExitCode> {
     let status =
         if kind == Kind::Restore && hold.is_some() { None } else { Some(child.wait().await?) };
     tell(format!("runtime: {status:?}"));
+    if let Some(dir) = &saved {
+        save(&images, dir)?;
+    }
     Ok(if outcome.success { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn fill(images: &MemoryDir, from: &Path) -> anyhow::Result<()> {
+    fs::create_dir_all(from)?;
+    for entry in fs::read_dir(from)? {
+        let entry = entry?;
+        let name = entry.file_name().into_string().ok().context("an odd file name")?;
+        io::copy(&mut fs::File::open(entry.path())?, &mut images.create_file(&name)?)?;
+    }
+    Ok(())
+}
+
+fn save(images: &MemoryDir, to: &Path) -> anyhow::Result<()> {
+    for (name, _) in images.files()? {
+        let name = name.into_string().ok().context("an odd file name")?;
+        io::copy(&mut images.open(&name)?, &mut fs::File::create(to.join(&name))?)?;
+    }
+    Ok(())
 }
