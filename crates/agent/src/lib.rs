@@ -1,6 +1,31 @@
 //! The node agent: admits, routes, cancels and remembers migrations, and asks
 //! the local daemon for the arriving container. It never sees a memory page.
+//!
+//! ```text
+//!  transship ──▶ control ──▶ source ──TLS──▶ peer: listener ──▶ target
+//!                  │           │                                  │
+//!                  └── book ───┴── daemon (containerd), shim ─────┘
+//! ```
 #![forbid(unsafe_code)]
 
+pub mod authority;
+pub mod book;
+mod check;
+pub mod config;
 pub mod containerd;
+mod control;
 pub mod daemon;
+pub mod failure;
+mod host;
+mod listener;
+pub mod node;
+mod offer;
+mod preflight;
+pub mod serve;
+pub mod shim;
+mod source;
+mod talk;
+mod target;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,196 @@
+//! A CA of one's own in two commands: `init-ca` once, `issue` per node.
+//!
+//! The CA's key stays where it was made; only what `issue` writes goes to a
+//! node. Nothing is ever overwritten: a second CA in the place of the first
+//! would turn every node away.
+
+use std::{
+    fs::{self, DirBuilder, OpenOptions},
+    io::{self, Write},
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+};
+
+use rcgen::{
+    BasicConstraints, CertificateParams, CertifiedIssuer, DistinguishedName, DnType,
+    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
+};
+use thiserror::Error;
+use time::{Duration, OffsetDateTime};
+use transship_link::Credentials;
+use transship_types::{DOMAIN, NodeName};
+
+/// Ten years: whoever replaces a CA must reach every node.
+const CA_LIFE: Duration = Duration::days(3650);
+/// Two years: a node's certificate is one command away.
+const NODE_LIFE: Duration = Duration::days(730);
+/// Clocks of two nodes may differ.
+const SKEW: Duration = Duration::hours(1);
+
+#[derive(Debug, Error)]
+pub enum AuthorityError {
+    #[error("{} exists already and is not overwritten", .0.display())]
+    Exists(PathBuf),
+    #[error("there is no CA in {}; make one with `transshipd init-ca`", .0.display())]
+    NoCa(PathBuf),
+    #[error("{} cannot be used", path.display())]
+    File {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("the certificate could not be made")]
+    Certificate(#[from] rcgen::Error),
+}
+
+/// Makes `ca.pem` and `ca.key` (0600) in `dir`.
+pub fn init(dir: &Path) -> Result<(), AuthorityError> {
+    make_dir(dir)?;
+    let (certificate, key) = (dir.join("ca.pem"), dir.join("ca.key"));
+    refuse_existing(&[&certificate, &key])?;
+    let pair = KeyPair::generate()?;
+    let mut params = CertificateParams::default();
+    params.distinguished_name = named("Transship CA");
+    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    params.not_before = OffsetDateTime::now_utc() - SKEW;
+    params.not_after = OffsetDateTime::now_utc() + CA_LIFE;
+    let pem = pair.serialize_pem();
+    let issuer = CertifiedIssuer::self_signed(params, pair)?;
+    write_new(&key, &pem, 0o600)?;
+    write_new(&certificate, &issuer.pem(), 0o644)
+}
+
+/// Makes a node's certificate and key and puts them, with the CA's
+/// certificate, into `out`: everything that node needs.
+pub fn issue(dir: &Path, node: &NodeName, out: &Path) -> Result<Credentials, AuthorityError> {
+    let ca = read(&dir.join("ca.pem"), dir)?;
+    let ca_key = KeyPair::from_pem(&read(&dir.join("ca.key"), dir)?)?;
+    let issuer = Issuer::from_ca_cert_pem(&ca, ca_key)?;
+
+    make_dir(out)?;
+    let made = Credentials {
+        ca: out.join("ca.pem"),
+        certificate: out.join("node.pem"),
+        key: out.join("node.key"),
+    };
+    refuse_existing(&[&made.certificate, &made.key])?;
+    let pair = KeyPair::generate()?;
+    // The second name is for its shims (`TICKET.NODE.DOMAIN`).
+    let names = [format!("{node}.{DOMAIN}"), format!("*.{node}.{DOMAIN}")];
+    let mut params = CertificateParams::new(names)?;
+    params.distinguished_name = named(&format!("Transship node {node}"));
+    params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+    params.extended_key_usages =
+        vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+    params.use_authority_key_identifier_extension = true;
+    params.not_before = OffsetDateTime::now_utc() - SKEW;
+    params.not_after = OffsetDateTime::now_utc() + NODE_LIFE;
+    let certificate = params.signed_by(&pair, &issuer)?;
+    write_new(&made.key, &pair.serialize_pem(), 0o600)?;
+    write_new(&made.certificate, &certificate.pem(), 0o644)?;
+    // In the CA's own directory it is there already; so it is on a node whose
+    // certificate is renewed.
+    match write_new(&made.ca, &ca, 0o644) {
+        Err(AuthorityError::Exists(path)) if fs::read_to_string(&path).is_ok_and(|t| t == ca) => {}
+        other => other?,
+    }
+    Ok(made)
+}
+
+fn named(common: &str) -> DistinguishedName {
+    let mut name = DistinguishedName::new();
+    name.push(DnType::CommonName, common);
+    name
+}
+
+fn make_dir(dir: &Path) -> Result<(), AuthorityError> {
+    DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(|e| file(dir, e))
+}
+
+fn refuse_existing(paths: &[&PathBuf]) -> Result<(), AuthorityError> {
+    match paths.iter().find(|p| p.exists()) {
+        Some(path) => Err(AuthorityError::Exists(path.to_path_buf())),
+        None => Ok(()),
+    }
+}
+
+fn read(path: &Path, dir: &Path) -> Result<String, AuthorityError> {
+    fs::read_to_string(path).map_err(|e| match e.kind() {
+        io::ErrorKind::NotFound => AuthorityError::NoCa(dir.into()),
+        _ => file(path, e),
+    })
+}
+
+fn write_new(path: &Path, text: &str, mode: u32) -> Result<(), AuthorityError> {
+    let mut made = OpenOptions::new().write(true).create_new(true).mode(mode).open(path).map_err(
+        |e| match e.kind() {
+            io::ErrorKind::AlreadyExists => AuthorityError::Exists(path.into()),
+            _ => file(path, e),
+        },
+    )?;
+    made.write_all(text.as_bytes()).and_then(|()| made.sync_all()).map_err(|e| file(path, e))
+}
+
+fn file(path: &Path, source: io::Error) -> AuthorityError {
+    AuthorityError::File { path: path.into(), source }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use tempfile::TempDir;
+    use tokio::net::{TcpListener, TcpStream};
+    use transship_link::{Trust, accept, connect_agent};
+
+    use super::*;
+
+    fn node(name: &str) -> NodeName {
+        name.parse().unwrap()
+    }
+
+    #[tokio::test]
+    async fn two_commands_make_two_nodes_trust_each_other() {
+        let dir = TempDir::new().unwrap();
+        init(dir.path()).unwrap();
+        let trust = |name: &str| {
+            let made = issue(dir.path(), &node(name), &dir.path().join(name)).unwrap();
+            Trust::load(&made).unwrap()
+        };
+        let (a, b) = (trust("a"), trust("b"));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let to = node("b");
+        let serve = async {
+            let (stream, _): (TcpStream, _) = listener.accept().await.unwrap();
+            accept(&b, stream).await.unwrap().peer
+        };
+        let (at_a, at_b) = tokio::join!(connect_agent(&a, &address, &to), serve);
+        assert_eq!((at_a.unwrap().peer, at_b), (node("b"), node("a")));
+    }
+
+    #[test]
+    fn keys_are_private_and_nothing_is_overwritten() {
+        let dir = TempDir::new().unwrap();
+        init(dir.path()).unwrap();
+        issue(dir.path(), &node("a"), &dir.path().join("a")).unwrap();
+        for key in ["ca.key", "a/node.key"] {
+            let mode = fs::metadata(dir.path().join(key)).unwrap().permissions().mode();
+            assert_eq!(mode & 0o777, 0o600, "{key}");
+        }
+        let before = fs::read(dir.path().join("ca.pem")).unwrap();
+        assert!(matches!(init(dir.path()), Err(AuthorityError::Exists(_))));
+        assert_eq!(fs::read(dir.path().join("ca.pem")).unwrap(), before);
+        let again = issue(dir.path(), &node("a"), &dir.path().join("a"));
+        assert!(matches!(again, Err(AuthorityError::Exists(_))));
+    }
+
+    #[test]
+    fn without_a_ca_the_remedy_is_named() {
+        let dir = TempDir::new().unwrap();
+        let error = issue(dir.path(), &node("a"), &dir.path().join("a")).unwrap_err();
+        assert!(error.to_string().contains("init-ca"), "{error}");
+        assert!(!dir.path().join("a").exists());
+    }
+}

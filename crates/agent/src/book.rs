@@ -1,0 +1,442 @@
+//! What this node knows of its migrations: the running ones, with a handle
+//! to watch and cancel them, and on disk all of them, so that `status` and a
+//! peer's inquiry survive a restart.
+
+use std::{
+    collections::{BTreeMap, HashMap, hash_map},
+    fs,
+    future::Future,
+    io::{self, Write},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use transship_api::control::Report;
+use transship_types::{Code, ContainerKey, MigrationId, NodeName, Refusal};
+
+use crate::failure::{Failure, Step};
+
+/// Ended migrations that are remembered. A peer asks within minutes, people
+/// within days.
+const REMEMBERED: usize = 500;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Role {
+    Source,
+    Target,
+}
+
+impl Role {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Role::Source => "source",
+            Role::Target => "target",
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Ending {
+    /// Not ended.
+    Running,
+    /// Source: it runs on the target.
+    Departed,
+    /// Source: it was never given away.
+    StayedHome,
+    /// Source: stopped, until the target proves what became of it. Target: it
+    /// could not be removed, so nothing is proved.
+    InDoubt,
+    /// Target: it runs here.
+    Arrived,
+    /// Target: it does not run here and never will.
+    Discarded,
+}
+
+impl Ending {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Ending::Running => "running",
+            Ending::Departed => "departed",
+            Ending::StayedHome => "stayed-home",
+            Ending::InDoubt => "in-doubt",
+            Ending::Arrived => "arrived",
+            Ending::Discarded => "discarded",
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    pub migration: MigrationId,
+    #[serde(flatten)]
+    pub key: ContainerKey,
+    pub role: Role,
+    pub peer: NodeName,
+    /// Source: where the peer is, to ask it again after a restart.
+    pub address: String,
+    /// Source: the container's record is not to be removed.
+    pub keep: bool,
+    /// Source: our shim was told to depart, so only it or the target knows
+    /// who has the container.
+    pub departing: bool,
+    pub phase: String,
+    pub ending: Ending,
+    pub error: String,
+    /// Seconds since the epoch.
+    pub started: i64,
+}
+
+impl Record {
+    pub fn new(migration: MigrationId, key: ContainerKey, role: Role, peer: NodeName) -> Self {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Self {
+            migration,
+            key,
+            role,
+            peer,
+            address: String::new(),
+            keep: false,
+            departing: false,
+            phase: "begin".into(),
+            ending: Ending::Running,
+            error: String::new(),
+            started: now.as_secs().try_into().unwrap_or(i64::MAX),
+        }
+    }
+}
+
+/// How a migration ended, for whoever watched it.
+#[derive(Debug, Clone)]
+pub enum End {
+    Moved(Box<Report>),
+    Failed { refusals: Vec<Refusal>, ending: Ending, outcome: String },
+}
+
+/// What a watcher of a running migration sees.
+#[derive(Debug, Clone, Default)]
+pub struct View {
+    pub phase: String,
+    pub bytes: u64,
+    pub bytes_total: u64,
+    /// Why it can no longer be cancelled.
+    pub too_late: Option<String>,
+    /// It stands still until the target has answered.
+    pub in_doubt: bool,
+    pub end: Option<End>,
+}
+
+/// The handle to a running migration.
+#[derive(Debug)]
+pub struct Live {
+    pub migration: MigrationId,
+    pub cancel: CancellationToken,
+    view: watch::Sender<View>,
+}
+
+impl Live {
+    pub fn watch(&self) -> watch::Receiver<View> {
+        self.view.subscribe()
+    }
+}
+
+#[derive(Debug)]
+pub struct Book {
+    dir: PathBuf,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    records: BTreeMap<MigrationId, Record>,
+    live: HashMap<ContainerKey, Arc<Live>>,
+}
+
+impl Book {
+    /// Reads what is there. A record that cannot be read is named in the log
+    /// and left alone.
+    pub fn open(dir: &Path) -> io::Result<Arc<Book>> {
+        fs::create_dir_all(dir)?;
+        let mut records = BTreeMap::new();
+        for entry in fs::read_dir(dir)? {
+            let path = entry?.path();
+            if path.extension().is_none_or(|e| e != "json") {
+                continue;
+            }
+            match read(&path) {
+                Ok(record) => drop(records.insert(record.migration.clone(), record)),
+                Err(error) => tracing::warn!(path = %path.display(), %error, "unreadable record"),
+            }
+        }
+        let inner = Inner { records, live: HashMap::new() };
+        Ok(Arc::new(Book { dir: dir.into(), inner: inner.into() }))
+    }
+
+    /// Opens a migration, or refuses because the container has one already, or
+    /// because its name was used before.
+    pub async fn begin(self: &Arc<Self>, record: Record) -> Step<Entry> {
+        if self.record(&record.migration).is_some() {
+            return Err(Failure::new(
+                Code::Malformed,
+                format!("migration {} is known already", record.migration),
+                "start a new one",
+            ));
+        }
+        self.reopen(record).await
+    }
+
+    /// Goes on with a migration of a former run.
+    pub async fn reopen(self: &Arc<Self>, record: Record) -> Step<Entry> {
+        let live = Arc::new(Live {
+            migration: record.migration.clone(),
+            cancel: CancellationToken::new(),
+            view: watch::Sender::new(View { phase: record.phase.clone(), ..Default::default() }),
+        });
+        match self.inner().live.entry(record.key.clone()) {
+            hash_map::Entry::Vacant(place) => drop(place.insert(live.clone())),
+            hash_map::Entry::Occupied(other) => {
+                let other = &other.get().migration;
+                return Err(Failure::new(
+                    Code::Busy,
+                    format!("{} is being migrated already ({other})", record.key),
+                    format!("wait for it, or `transship cancel {other}`"),
+                ));
+            }
+        }
+        let entry = Entry { book: self.clone(), key: record.key.clone(), live };
+        self.write(record).await?;
+        Ok(entry)
+    }
+
+    pub fn live(&self, migration: &MigrationId) -> Option<Arc<Live>> {
+        self.inner().live.values().find(|l| l.migration == *migration).cloned()
+    }
+
+    pub fn all_live(&self) -> Vec<Arc<Live>> {
+        self.inner().live.values().cloned().collect()
+    }
+
+    pub fn record(&self, migration: &MigrationId) -> Option<Record> {
+        self.inner().records.get(migration).cloned()
+    }
+
+    /// Oldest first.
+    pub fn records(&self) -> Vec<Record> {
+        let mut all: Vec<_> = self.inner().records.values().cloned().collect();
+        all.sort_by_key(|r| r.started);
+        all
+    }
+
+    /// Changes a record in memory and on disk; returns once it is on disk.
+    pub async fn change(
+        &self,
+        migration: &MigrationId,
+        change: impl FnOnce(&mut Record),
+    ) -> Step<()> {
+        let Some(mut record) = self.record(migration) else {
+            return Ok(());
+        };
+        change(&mut record);
+        self.write(record).await
+    }
+
+    async fn write(&self, record: Record) -> Step<()> {
+        let dir = self.dir.clone();
+        let forgotten = {
+            let mut inner = self.inner();
+            inner.records.insert(record.migration.clone(), record.clone());
+            forget(&mut inner.records)
+        };
+        let writing = tokio::task::spawn_blocking(move || {
+            for migration in forgotten {
+                // A record too many is no reason to fail.
+                let _ = fs::remove_file(file(&dir, &migration));
+            }
+            write(&dir, &record)
+        });
+        let failed = |why: String| {
+            let reason = format!("the record of the migration cannot be written: {why}");
+            Failure::new(Code::Internal, reason, format!("see the disk of {}", self.dir.display()))
+        };
+        writing.await.map_err(|e| failed(e.to_string()))?.map_err(|e| failed(e.to_string()))
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        // Each change is one insertion or removal.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A migration that runs. Dropping it makes the container free for another.
+#[derive(Debug)]
+pub struct Entry {
+    book: Arc<Book>,
+    key: ContainerKey,
+    pub live: Arc<Live>,
+}
+
+impl Entry {
+    pub fn migration(&self) -> &MigrationId {
+        &self.live.migration
+    }
+
+    pub fn key(&self) -> &ContainerKey {
+        &self.key
+    }
+
+    pub fn cancelled(&self) -> impl Future<Output = ()> + '_ {
+        self.live.cancel.cancelled()
+    }
+
+    /// A new phase, shown to watchers. It reaches the disk with the next
+    /// change that matters there.
+    pub fn phase(&self, phase: &str) {
+        let changed = self.live.view.send_if_modified(|view| {
+            if view.phase == phase {
+                return false;
+            }
+            (view.phase, view.bytes, view.bytes_total) = (phase.into(), 0, 0);
+            true
+        });
+        if changed {
+            tracing::info!(phase, "phase");
+            if let Some(record) = self.book.inner().records.get_mut(&self.live.migration) {
+                record.phase = phase.into();
+            }
+        }
+    }
+
+    pub fn progress(&self, bytes: u64, bytes_total: u64) {
+        self.live.view.send_modify(|v| (v.bytes, v.bytes_total) = (bytes, bytes_total));
+    }
+
+    pub fn too_late(&self, why: &str) {
+        self.live.view.send_modify(|v| v.too_late = Some(why.into()));
+    }
+
+    /// Before the shim may hand the container away.
+    pub async fn departing(&self) -> Step<()> {
+        self.book.change(&self.live.migration, |r| r.departing = true).await
+    }
+
+    pub async fn in_doubt(&self, error: &str) -> Step<()> {
+        self.live.view.send_modify(|v| v.in_doubt = true);
+        self.book
+            .change(&self.live.migration, |r| {
+                (r.ending, r.error) = (Ending::InDoubt, error.into());
+            })
+            .await
+    }
+
+    /// Writes the ending down; only then do watchers hear of it.
+    pub async fn end(self, ending: Ending, error: &str, end: End) {
+        let written = self
+            .book
+            .change(&self.live.migration, |r| (r.ending, r.error) = (ending, error.into()))
+            .await;
+        if let Err(failure) = written {
+            tracing::error!(error = failure.sentence(), "an ending was not written down");
+        }
+        // Free for another migration before anybody acts on the news.
+        self.book.inner().live.remove(&self.key);
+        self.live.view.send_modify(|v| v.end = Some(end));
+    }
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        let mut inner = self.book.inner();
+        // After `end` the container may have a migration of its own again.
+        if inner.live.get(&self.key).is_some_and(|live| Arc::ptr_eq(live, &self.live)) {
+            inner.live.remove(&self.key);
+        }
+    }
+}
+
+fn forget(records: &mut BTreeMap<MigrationId, Record>) -> Vec<MigrationId> {
+    let mut ended: Vec<_> = records
+        .values()
+        .filter(|r| !matches!(r.ending, Ending::Running | Ending::InDoubt))
+        .map(|r| (r.started, r.migration.clone()))
+        .collect();
+    ended.sort_by_key(|(started, _)| *started);
+    let too_many = ended.len().saturating_sub(REMEMBERED);
+    let forgotten: Vec<_> = ended.into_iter().take(too_many).map(|(_, m)| m).collect();
+    forgotten.iter().for_each(|m| drop(records.remove(m)));
+    forgotten
+}
+
+fn file(dir: &Path, migration: &MigrationId) -> PathBuf {
+    dir.join(format!("{migration}.json"))
+}
+
+fn read(path: &Path) -> io::Result<Record> {
+    Ok(serde_json::from_slice(&fs::read(path)?)?)
+}
+
+/// Whole or not at all, and on the disk: an ending is a proof for the peer.
+fn write(dir: &Path, record: &Record) -> io::Result<()> {
+    let path = file(dir, &record.migration);
+    let new = path.with_extension("new");
+    let mut out = fs::File::create(&new)?;
+    out.write_all(&serde_json::to_vec_pretty(record)?)?;
+    out.sync_all()?;
+    fs::rename(&new, &path)?;
+    fs::File::open(dir)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use tempfile::TempDir;
+
+    use super::*;
+
+    fn record(n: u8, name: &str) -> Record {
+        let key = ContainerKey::new("default", name).unwrap();
+        Record::new(MigrationId::from_random([n; 16]), key, Role::Source, "b".parse().unwrap())
+    }
+
+    fn failed() -> End {
+        End::Failed { refusals: vec![], ending: Ending::StayedHome, outcome: String::new() }
+    }
+
+    #[tokio::test]
+    async fn one_migration_of_a_container_at_a_time() {
+        let dir = TempDir::new().unwrap();
+        let book = Book::open(dir.path()).unwrap();
+        let first = book.begin(record(1, "x")).await.unwrap();
+        let busy = book.begin(record(2, "x")).await.unwrap_err();
+        assert_eq!(busy.0[0].code, Code::Busy);
+        let _other = book.begin(record(3, "y")).await.unwrap();
+        first.end(Ending::StayedHome, "", failed()).await;
+        let again = book.begin(record(4, "x")).await.unwrap();
+        drop(again);
+        book.begin(record(5, "x")).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn endings_survive_a_restart() {
+        let dir = TempDir::new().unwrap();
+        let book = Book::open(dir.path()).unwrap();
+        let entry = book.begin(record(1, "x")).await.unwrap();
+        let mut watch = entry.live.watch();
+        entry.end(Ending::StayedHome, "why", failed()).await;
+        assert!(watch.wait_for(|v| v.end.is_some()).await.is_ok());
+        let running = book.begin(record(2, "y")).await.unwrap();
+        running.departing().await.unwrap();
+
+        fs::write(dir.path().join("junk.json"), "{").unwrap();
+        let book = Book::open(dir.path()).unwrap();
+        let ended = book.record(&MigrationId::from_random([1; 16])).unwrap();
+        assert_eq!((ended.ending, ended.error.as_str()), (Ending::StayedHome, "why"));
+        let running = book.record(&MigrationId::from_random([2; 16])).unwrap();
+        assert_eq!((running.ending, running.departing), (Ending::Running, true));
+        // The name of an ended migration is used up.
+        assert_eq!(book.begin(record(1, "z")).await.unwrap_err().0[0].code, Code::Malformed);
+    }
+}

@@ -1,0 +1,162 @@
+//! The part of a migration in which the shim has the say.
+
+use std::time::Duration;
+
+use tokio::time;
+use transship_api::{
+    control::{Credentials, DepartRequest, Departure, depart_event::Event},
+    session::{Arrived, agent_message::Message},
+};
+use transship_types::Code;
+
+use super::{Ready, Source, cancelled, settle::Proof};
+use crate::{
+    failure::{Failure, chain},
+    talk,
+};
+
+/// Memory moves all the time or the shim's own deadlines end it; this is for
+/// a shim that does neither.
+const SILENCE: Duration = Duration::from_secs(600);
+
+pub enum Outcome {
+    Departed {
+        departure: Box<Departure>,
+        arrived: Option<Arrived>,
+    },
+    /// `target`: what the target said after it had removed what it made.
+    StayedHome {
+        failure: Failure,
+        target: Option<Failure>,
+    },
+    /// Only the target can tell; it may have done so already.
+    InDoubt {
+        error: String,
+        proof: Option<Proof>,
+    },
+}
+
+/// What the target said meanwhile.
+#[derive(Default)]
+struct Heard {
+    arrived: Option<Arrived>,
+    failed: Option<Failure>,
+    silent: bool,
+}
+
+impl Heard {
+    fn proof(self) -> Option<Proof> {
+        match self {
+            Heard { arrived: Some(arrived), .. } => Some(Proof::Runs(arrived)),
+            Heard { failed: Some(failure), .. } => Some(Proof::Never(failure)),
+            _ => None,
+        }
+    }
+}
+
+impl Source {
+    pub(super) async fn departure(&mut self, ready: &mut Ready) -> Outcome {
+        self.entry.phase("depart");
+        if let Err(failure) = self.entry.departing().await {
+            return Outcome::StayedHome { failure, target: None };
+        }
+        if self.entry.live.cancel.is_cancelled() {
+            return Outcome::StayedHome { failure: cancelled(), target: None };
+        }
+        let request = self.depart_request(ready);
+        let mut departing = match self.node.shims.depart(&self.key, request).await {
+            Ok(departing) => departing,
+            Err(e) => return Outcome::StayedHome { failure: e.into(), target: None },
+        };
+        let mut heard = Heard::default();
+        let mut asked_to_stop = false;
+        let lost = loop {
+            tokio::select! {
+                event = time::timeout(SILENCE, departing.next()) => match event {
+                    Ok(Ok(Some(event))) => match event.event {
+                        Some(Event::Progress(p)) => {
+                            self.entry.phase(&p.phase);
+                            self.entry.progress(p.bytes, p.bytes_total);
+                        }
+                        Some(Event::Departure(d)) => return self.over(d, heard, asked_to_stop),
+                        Some(_) | None => {}
+                    },
+                    Ok(Ok(None)) => break "the shim ended without an outcome".to_string(),
+                    Ok(Err(error)) => break chain(&error),
+                    Err(_) if asked_to_stop => break "the shim does not answer".to_string(),
+                    // Still cancellable as far as we know: find out.
+                    Err(_) => self.entry.live.cancel.cancel(),
+                },
+                message = talk::receive(&mut ready.channel), if !heard.silent => match message {
+                    Ok(Message::Arrived(arrived)) => heard.arrived = Some(arrived),
+                    Ok(Message::Failure(f)) => {
+                        heard.failed = Some(Failure::from_message(&self.to.name, f));
+                        heard.silent = true;
+                    }
+                    Ok(_) => {}
+                    // The shims have a connection of their own.
+                    Err(_) => heard.silent = true,
+                },
+                () = self.entry.cancelled(), if !asked_to_stop => {
+                    asked_to_stop = true;
+                    self.abandon().await;
+                }
+            }
+        };
+        // A shim that died before its commit leaves the container running or
+        // dead, one that died after it leaves it stopped. Only the target can
+        // tell which.
+        Outcome::InDoubt { error: lost, proof: heard.proof() }
+    }
+
+    fn depart_request(&self, ready: &Ready) -> DepartRequest {
+        let files = &self.node.config.credentials;
+        let text = |path: &std::path::Path| path.to_string_lossy().into_owned();
+        DepartRequest {
+            id: self.key.id().into(),
+            migration: self.entry.migration().to_string(),
+            ticket: ready.ticket.to_string(),
+            address: self.to.address.clone(),
+            node: self.to.name.to_string(),
+            credentials: Some(Credentials {
+                ca: text(&files.ca),
+                certificate: text(&files.certificate),
+                key: text(&files.key),
+                ..Default::default()
+            })
+            .into(),
+            ..Default::default()
+        }
+    }
+
+    /// Carries the cancellation to the shim; its outcome comes as an event.
+    async fn abandon(&self) {
+        match self.node.shims.abandon(&self.key, self.entry.migration()).await {
+            Ok(None) => tracing::info!("the departure was abandoned"),
+            Ok(Some(why)) => self.entry.too_late(&why),
+            Err(error) => self.entry.too_late(&chain(&error)),
+        }
+    }
+
+    fn over(&self, departure: Departure, heard: Heard, asked_to_stop: bool) -> Outcome {
+        match departure.ending.as_str() {
+            "departed" => {
+                Outcome::Departed { departure: Box::new(departure), arrived: heard.arrived }
+            }
+            "stayed-home" => {
+                let failure = if asked_to_stop {
+                    cancelled()
+                } else {
+                    Failure::new(
+                        Code::Runtime,
+                        departure.error,
+                        "see transshipd's log on both nodes and the shim's in containerd's",
+                    )
+                };
+                Outcome::StayedHome { failure, target: heard.failed }
+            }
+            // "in-doubt", and whatever a later shim may say.
+            _ => Outcome::InDoubt { error: departure.error, proof: heard.proof() },
+        }
+    }
+}

@@ -1,0 +1,98 @@
+//! Whether a container can leave, and what has to be known about it.
+
+use transship_api::session::{Container, Descriptor, Stdio};
+use transship_types::{Code, ContainerKey, Refusal};
+
+use crate::{
+    daemon::{DaemonError, Task, TaskStatus},
+    failure::{Failure, Step, from_control},
+    node::Node,
+};
+
+pub struct Subject {
+    pub record: Container,
+    pub stdio: Stdio,
+    pub content: Vec<Descriptor>,
+    /// Digests this node does not have either.
+    pub absent: Vec<String>,
+    pub memory_bytes: u64,
+    pub rootfs_bytes: u64,
+    /// Name and version of the OCI runtime.
+    pub runtime: String,
+}
+
+/// Everything about the container, or every reason against moving it.
+pub async fn inspect(node: &Node, key: &ContainerKey) -> Step<Subject> {
+    let found = node.daemon.describe(key).await.map_err(|e| unknown(node, key, e))?;
+    let state = refusals_of(node, key, &found.record.runtime, found.task.as_ref());
+    let task = match (state.is_empty(), found.task) {
+        (true, Some(task)) => task,
+        // The shim of a task that is not there cannot be asked for more.
+        _ => return Err(Failure(state)),
+    };
+    let looked = node.shims.inspect(key).await?;
+    let mut refusals: Vec<Refusal> = looked.refusals.into_iter().map(from_control).collect();
+    let (content, absent) = match content(node, key).await {
+        Ok(found) => found,
+        Err(failure) => {
+            refusals.extend(failure.0);
+            Default::default()
+        }
+    };
+    if !refusals.is_empty() {
+        return Err(Failure(refusals));
+    }
+    Ok(Subject {
+        record: found.record,
+        stdio: task.stdio,
+        content,
+        absent,
+        memory_bytes: looked.memory_bytes,
+        rootfs_bytes: looked.rootfs_bytes,
+        runtime: looked.runtime,
+    })
+}
+
+/// What the daemon's own record says against moving it.
+pub fn refusals_of(
+    node: &Node,
+    key: &ContainerKey,
+    runtime: &str,
+    task: Option<&Task>,
+) -> Vec<Refusal> {
+    if !node.is_ours(runtime) {
+        return vec![Refusal::new(
+            Code::ForeignRuntime,
+            format!("{key} runs under {runtime}"),
+            format!("start it with the runtime {}", transship_types::RUNTIME),
+        )];
+    }
+    let state = match task.map(|t| t.status) {
+        Some(TaskStatus::Running) => return vec![],
+        Some(status) => format!("the task of {key} is {}", status.as_str()),
+        None => format!("{key} has no task"),
+    };
+    vec![Refusal::new(Code::NotRunning, state, "only a running container can be moved; start it")]
+}
+
+async fn content(node: &Node, key: &ContainerKey) -> Step<(Vec<Descriptor>, Vec<String>)> {
+    let content = node.daemon.origin_of(key).await?;
+    let absent = node.daemon.missing(key.namespace(), &content).await?;
+    Ok((content, absent))
+}
+
+fn unknown(node: &Node, key: &ContainerKey, error: DaemonError) -> Failure {
+    match error {
+        DaemonError::NotFound { .. } => Failure::new(
+            Code::UnknownContainer,
+            format!(
+                "there is no container {} in namespace {} on {}",
+                key.id(),
+                key.namespace(),
+                node.name()
+            ),
+            "see `transship ps --all-namespaces`",
+        ),
+        other => other.into(),
+    }
+}

@@ -1,0 +1,154 @@
+//! In doubt: the commit may or may not have reached the target. The container
+//! stays stopped here, and the target is asked until it has proof.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::time;
+use tracing::Instrument;
+use transship_api::{
+    control::{Departure, Report},
+    session::{Arrived, Inquiry, agent_message::Message},
+};
+use transship_link::{Channel, connect_agent};
+use transship_types::Code;
+
+use super::{Left, Source};
+use crate::{
+    book::{Ending, Record, Role},
+    failure::{Failure, Step, chain},
+    node::{Destination, Node},
+    talk,
+};
+
+/// Between two questions: short for a person who waits, long for a network.
+const AGAIN: Duration = Duration::from_secs(2);
+const ANSWER: Duration = Duration::from_secs(10);
+
+/// What became of the container, from the target's mouth.
+pub(super) enum Proof {
+    Runs(Arrived),
+    Never(Failure),
+}
+
+/// Takes up what a former run of this agent left open. A departure that may
+/// have been decided is asked about; anything earlier has ended, since the
+/// target discards what loses its source.
+pub async fn resume(node: &Arc<Node>) {
+    for record in node.book.records() {
+        let open = matches!(record.ending, Ending::Running | Ending::InDoubt);
+        if record.role != Role::Source || !open {
+            continue;
+        }
+        let Record { key, peer, address, keep, departing, .. } = record.clone();
+        let span =
+            tracing::info_span!("migration", id = %record.migration, container = %key, to = %peer);
+        let Ok(entry) = node.book.reopen(record).await else { continue };
+        let to = Destination { name: peer, address };
+        let source = Source { node: node.clone(), entry, key, to, keep, phases: vec![] };
+        let error = "transshipd was restarted during the migration";
+        let work = async move {
+            if departing {
+                source.settle(None, error.into(), None).await;
+            } else {
+                source.stayed_home(Failure::cancelled(error), Left::Unconfirmed).await;
+            }
+        };
+        node.tasks.spawn(work.instrument(span));
+    }
+}
+
+impl Source {
+    pub(super) async fn settle(
+        mut self,
+        channel: Option<Channel>,
+        error: String,
+        proof: Option<Proof>,
+    ) {
+        let clock = self.phase("in doubt");
+        tracing::warn!(error, "in doubt: asking the target");
+        if let Err(failure) = self.entry.in_doubt(&error).await {
+            tracing::error!(error = failure.sentence(), "the doubt was not written down");
+        }
+        let proof = match proof {
+            Some(proof) => proof,
+            None => tokio::select! {
+                proof = self.proof(channel) => proof,
+                // The record says "in doubt"; the next run takes it up.
+                () = self.node.shutdown.cancelled() => return,
+            },
+        };
+        self.took("in doubt", clock);
+        let runs_there = matches!(proof, Proof::Runs(_));
+        let settled = self.node.shims.settle(&self.key, self.entry.migration(), runs_there).await;
+        if let Err(error) = &settled {
+            // A shim that is gone has nothing left to settle.
+            tracing::warn!(error = chain(error), runs_there, "the shim did not settle");
+        }
+        match proof {
+            Proof::Runs(arrived) => {
+                let report = self.bare_report(&arrived);
+                self.moved(report).await;
+            }
+            Proof::Never(failure) => self.stayed_home(failure, Left::Discarded).await,
+        }
+    }
+
+    async fn proof(&self, mut channel: Option<Channel>) -> Proof {
+        let mut last = String::new();
+        loop {
+            let asked = match channel.take() {
+                Some(mut channel) => self.wait(&mut channel).await,
+                None => self.ask().await,
+            };
+            match asked {
+                Ok(Some(proof)) => return proof,
+                Ok(None) => {}
+                Err(failure) if failure.sentence() != last => {
+                    last = failure.sentence();
+                    tracing::warn!(error = last, "still in doubt");
+                }
+                Err(_) => {}
+            }
+            time::sleep(AGAIN).await;
+        }
+    }
+
+    /// The connection of the migration itself: its end may still come.
+    async fn wait(&self, channel: &mut Channel) -> Step<Option<Proof>> {
+        loop {
+            match talk::receive_within(channel, ANSWER).await? {
+                Message::Arrived(arrived) => return Ok(Some(Proof::Runs(arrived))),
+                Message::Failure(f) => {
+                    return Ok(Some(Proof::Never(Failure::from_message(&self.to.name, f))));
+                }
+                _ => {}
+            }
+        }
+    }
+
+    async fn ask(&self) -> Step<Option<Proof>> {
+        let Destination { name, address } = &self.to;
+        let mut channel = connect_agent(&self.node.trust, address, name).await?;
+        let inquiry = Inquiry { migration: self.entry.migration().to_string() };
+        talk::send(&mut channel, Message::Inquiry(inquiry)).await?;
+        match talk::receive_within(&mut channel, ANSWER).await? {
+            Message::Standing(standing) => Ok(match standing.state.as_str() {
+                "arrived" => Some(Proof::Runs(Arrived { pid: 0, state: "RUNNING".into() })),
+                "discarded" => Some(Proof::Never(Failure::new(
+                    Code::Link,
+                    format!("the link to {name} broke, and {name} has discarded the container"),
+                    "see the network, then try again",
+                ))),
+                // "undecided"; "unknown" proves nothing.
+                _ => None,
+            }),
+            other => Err(talk::out_of_place(name, &other)),
+        }
+    }
+
+    /// What is known of a departure whose shim could not tell.
+    fn bare_report(&mut self, arrived: &Arrived) -> Report {
+        let began = time::Instant::now();
+        self.report(&Departure::default(), arrived, 0, began)
+    }
+}

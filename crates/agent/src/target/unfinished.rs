@@ -1,0 +1,92 @@
+//! Arrivals that a former run of this agent left behind.
+//!
+//! While the agent was gone the shims may have gone on, so nothing is removed
+//! before it is certain that the container will not run: its start fails once
+//! its shim has lost the agent or the source.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::time::{self, Instant};
+use tracing::Instrument;
+use transship_types::ContainerKey;
+
+use crate::{
+    book::{Ending, Role},
+    daemon::{Arriving, TaskStatus},
+    failure::{Failure, chain},
+    node::Node,
+};
+
+/// The shims' own deadlines are shorter: by then they have decided.
+const DECIDED: Duration = Duration::from_secs(600);
+const LOOK: Duration = Duration::from_secs(1);
+
+/// Takes them up in the background.
+pub async fn take_up(node: &Arc<Node>) {
+    let found = match node.daemon.unfinished().await {
+        Ok(found) => found,
+        Err(error) => {
+            tracing::warn!(error = chain(&error), "arrivals of a former run were not looked for");
+            return;
+        }
+    };
+    for (key, arriving) in found {
+        let span = tracing::info_span!("unfinished arrival", container = %key);
+        node.tasks.spawn(settle(node.clone(), key, arriving).instrument(span));
+    }
+}
+
+async fn settle(node: Arc<Node>, key: ContainerKey, arriving: Box<dyn Arriving>) {
+    let ending = tokio::select! {
+        runs = decided(&node, &key) => if runs {
+            tracing::info!("it runs: kept");
+            arriving.keep().await.map(|()| Ending::Arrived)
+        } else {
+            tracing::info!("it does not run: removed");
+            arriving.undo().await.map(|()| Ending::Discarded)
+        },
+        () = node.shutdown.cancelled() => return,
+    };
+    match ending {
+        Ok(ending) => write_down(&node, &key, ending).await,
+        Err(error) => {
+            let error = Failure::from(error).sentence();
+            tracing::error!(error, "an unfinished arrival could not be ended");
+        }
+    }
+}
+
+async fn decided(node: &Node, key: &ContainerKey) -> bool {
+    let deadline = Instant::now() + DECIDED;
+    loop {
+        match node.daemon.task(key).await {
+            Ok(Some(task)) => match task.status {
+                TaskStatus::Running | TaskStatus::Paused => return true,
+                // It ran here to its end, or its start failed.
+                TaskStatus::Stopped => return task.pid > 0,
+                TaskStatus::Created | TaskStatus::Unknown => {}
+            },
+            Ok(None) => return false,
+            // The daemon may be starting as we are.
+            Err(_) => {}
+        }
+        if Instant::now() > deadline {
+            return false;
+        }
+        time::sleep(LOOK).await;
+    }
+}
+
+/// The peer that waits for proof finds it in the record.
+async fn write_down(node: &Node, key: &ContainerKey, ending: Ending) {
+    for record in node.book.records() {
+        let open = matches!(record.ending, Ending::Running | Ending::InDoubt);
+        if record.role == Role::Target && record.key == *key && open {
+            let error = "transshipd was restarted during the migration";
+            let change = |r: &mut crate::book::Record| (r.ending, r.error) = (ending, error.into());
+            if let Err(failure) = node.book.change(&record.migration, change).await {
+                tracing::error!(error = failure.sentence(), "an ending was not written down");
+            }
+        }
+    }
+}

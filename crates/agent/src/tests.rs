@@ -1,0 +1,10 @@
+//! Whole migrations between two agents in one process: real control flow,
+//! real TLS over loopback, real hand-over by SCM_RIGHTS; only the daemons and
+//! the shims are fakes.
+
+mod cancels;
+mod cuts;
+mod fake;
+mod moves;
+mod refuses;
+mod world;

@@ -1,0 +1,141 @@
+//! The link is cut, or an agent ends, in every phase: one container remains.
+
+use super::world::{Side, World, end, ending, eventually};
+use crate::{book::Ending, daemon::TaskStatus};
+
+/// Points before the commit, and the side that is held there.
+const BEFORE: [(&str, char); 7] = [
+    ("read", 'a'),
+    ("write", 'b'),
+    ("create", 'b'),
+    ("start", 'b'),
+    ("pages", 'a'),
+    ("restore", 'b'),
+    ("prepared", 'a'),
+];
+
+#[tokio::test]
+async fn a_cut_before_the_commit_leaves_it_on_the_source() {
+    for (point, side) in BEFORE {
+        let world = World::new().await;
+        let held = if side == 'a' { &world.a } else { &world.b };
+        held.fake.hold(point);
+        let live = world.begin().await.unwrap();
+        held.fake.until(point).await;
+        world.cable.cut();
+        held.fake.release(point);
+        // The last two are cut between the shims as well, where the source's
+        // may already have sent its commit into the void.
+        let (ending, _, outcome) = ending(&end(&live).await);
+        assert_eq!(ending, Ending::StayedHome, "{point}: {outcome}");
+        eventually(point, || world.runs_on() == "a").await;
+        world.nothing_left().await;
+    }
+}
+
+/// The target has the commit, the source does not know: it asks.
+#[tokio::test]
+async fn a_cut_after_the_commit_is_settled_by_the_targets_proof() {
+    for (point, side) in [("committed", 'a'), ("running", 'b')] {
+        let world = World::new().await;
+        let held = if side == 'a' { &world.a } else { &world.b };
+        // The target must have it before the cut.
+        world.b.fake.hold("running");
+        held.fake.hold(point);
+        let live = world.begin().await.unwrap();
+        world.b.fake.until("running").await;
+        held.fake.until(point).await;
+        world.cable.cut();
+        held.fake.release(point);
+        world.b.fake.release("running");
+        let (ending, _, outcome) = ending(&end(&live).await);
+        assert_eq!((ending, world.runs_on()), (Ending::Departed, "b"), "{point}: {outcome}");
+        assert_eq!(world.at_target(), Some(Ending::Arrived), "{point}");
+    }
+}
+
+/// The source's agent ends in doubt; its next run takes the doubt up.
+#[tokio::test]
+async fn a_doubt_survives_a_restart_of_the_source() {
+    let mut world = World::new().await;
+    world.a.fake.hold("committed");
+    world.b.fake.hold("running");
+    let live = world.begin().await.unwrap();
+    world.b.fake.until("running").await;
+    world.a.fake.until("committed").await;
+    world.cable.reroute("127.0.0.1:1".into());
+    world.cable.cut();
+    world.a.fake.release("committed");
+    world.b.fake.release("running");
+    live.watch().wait_for(|v| v.in_doubt).await.unwrap();
+    world.a.close().await;
+    drop(live);
+
+    world.cable.reroute(world.b.address());
+    let a = Side::over(&world.dir, "a", world.a.fake.clone(), |_| {}).await;
+    let settled = || a.node.book.records()[0].ending == Ending::Departed;
+    eventually("the doubt ends", settled).await;
+    assert_eq!(world.runs_on(), "b");
+    assert!(world.a.fake.state().containers.is_empty());
+}
+
+/// The target's agent ends in the middle. What it leaves is taken up.
+#[tokio::test]
+async fn an_unfinished_arrival_is_taken_up() {
+    for (status, runs) in [(Some(TaskStatus::Running), true), (None, false)] {
+        let world = World::new().await;
+        let c = super::fake::Fake::new(world.dir.path().join("c/run/arrivals.sock"));
+        c.state().leases.insert(world.key.clone());
+        c.run(&world.key, "x", "{}");
+        if let (Some(kept), None) = (c.state().containers.get_mut(&world.key), status) {
+            kept.task = None;
+        }
+        let side = Side::over(&world.dir, "c", c, |_| {}).await;
+        eventually("taken up", || side.fake.state().leases.is_empty()).await;
+        assert_eq!(side.fake.state().containers.contains_key(&world.key), runs);
+    }
+}
+
+#[tokio::test]
+async fn an_agent_that_ends_takes_its_migrations_back() {
+    for (point, side) in [("read", 'a'), ("create", 'b'), ("pages", 'a')] {
+        let mut world = World::new().await;
+        let held = if side == 'a' { world.a.fake.clone() } else { world.b.fake.clone() };
+        held.hold(point);
+        let live = world.begin().await.unwrap();
+        held.until(point).await;
+        let ended = end(&live);
+        let closing = async {
+            // What is held goes on once the shutdown is under way.
+            eventually("cancelled", || live.cancel.is_cancelled()).await;
+            held.release(point);
+        };
+        let (ended, (), ()) = tokio::join!(ended, world.a.close(), closing);
+        let (ending, _, outcome) = ending(&ended);
+        assert_eq!(ending, Ending::StayedHome, "{point}: {outcome}");
+        assert_eq!(world.runs_on(), "a", "{point}");
+        world.nothing_left().await;
+    }
+}
+
+/// The target's agent ends while it prepares: its source is told.
+#[tokio::test]
+async fn a_target_that_ends_discards() {
+    let mut world = World::new().await;
+    world.b.fake.hold("create");
+    let live = world.begin().await.unwrap();
+    world.b.fake.until("create").await;
+    let fake = world.b.fake.clone();
+    let node = world.b.node.clone();
+    let releasing = async {
+        eventually("shutting down", || node.shutdown.is_cancelled()).await;
+        fake.release("create");
+    };
+    let ended = async { end(&live).await };
+    let (ended, (), ()) = tokio::join!(ended, world.b.close(), releasing);
+    let (ending, codes, outcome) = ending(&ended);
+    assert_eq!(ending, Ending::StayedHome, "{outcome}");
+    assert_eq!(codes, [transship_types::Code::Cancelled]);
+    assert_eq!(world.runs_on(), "a");
+    world.nothing_left().await;
+}

@@ -1,0 +1,135 @@
+//! What is refused, with nothing touched on either side.
+
+use std::collections::HashSet;
+
+use transship_types::Code;
+
+use super::world::{IMAGE, SPEC, Side, World, ending};
+use crate::{book::Ending, daemon::TaskStatus, source};
+
+/// One change to the world, and the code it is refused with.
+async fn refused(change: impl FnOnce(&mut World)) -> (Vec<Code>, World) {
+    let mut world = World::new().await;
+    change(&mut world);
+    let before = world.a.fake.status(&world.key);
+    let (ending, codes, outcome) = ending(&world.migrate().await);
+    assert_eq!(ending, Ending::StayedHome);
+    assert_eq!(world.a.fake.status(&world.key), before, "{outcome}");
+    assert!(world.b.fake.state().leases.is_empty());
+    assert_ne!(world.at_target(), Some(Ending::Arrived));
+    (codes, world)
+}
+
+#[tokio::test]
+async fn what_the_source_knows_is_refused_there() {
+    let (codes, _) = refused(|w| w.a.fake.state().containers.clear()).await;
+    assert_eq!(codes, [Code::UnknownContainer]);
+    let (codes, _) = refused(|w| w.a.fake.set_status(&w.key, TaskStatus::Stopped)).await;
+    assert_eq!(codes, [Code::NotRunning]);
+    let (codes, _) = refused(|w| {
+        w.a.fake.state().containers.get_mut(&w.key).unwrap().record.runtime = "io.x.runc.v2".into();
+    })
+    .await;
+    assert_eq!(codes, [Code::ForeignRuntime]);
+    let (codes, _) = refused(|w| {
+        w.a.fake.state().containers.get_mut(&w.key).unwrap().task = None;
+    })
+    .await;
+    assert_eq!(codes, [Code::NotRunning]);
+}
+
+#[tokio::test]
+async fn the_target_gives_every_reason_at_once() {
+    let (codes, world) = refused(|w| {
+        w.a.fake.run(&w.key, IMAGE, "{}");
+        w.b.fake.run(&w.key, IMAGE, SPEC);
+        w.b.fake.state().disk_free = 0;
+    })
+    .await;
+    let wanted = HashSet::from([Code::NameTaken, Code::HostNetwork, Code::Space]);
+    assert_eq!(codes.into_iter().collect::<HashSet<_>>(), wanted);
+    // What bears the name there was not touched.
+    assert_eq!(world.b.fake.status(&world.key), Some(TaskStatus::Running));
+    assert!(world.at_target().is_none());
+}
+
+#[tokio::test]
+async fn an_image_on_neither_node_is_refused_and_nothing_is_left() {
+    let (codes, world) = refused(|w| {
+        w.a.fake.state().blobs.retain(|_, bytes| bytes.len() != 10);
+    })
+    .await;
+    assert_eq!(codes, [Code::Image]);
+    world.nothing_left().await;
+}
+
+#[tokio::test]
+async fn a_node_that_is_unknown_or_not_there_is_refused() {
+    let world = World::new().await;
+    for (node, code) in [
+        ("nowhere", Code::UnknownNode),
+        ("b@nonsense", Code::UnknownNode),
+        ("B@127.0.0.1:1", Code::UnknownNode),
+        ("a@127.0.0.1:1", Code::UnknownNode),
+        ("b@127.0.0.1:1", Code::Unreachable),
+    ] {
+        let mut request = world.request();
+        request.node = node.into();
+        let codes = match source::begin(&world.a.node, &request).await {
+            Ok(live) => ending(&super::world::end(&live).await).1,
+            Err(failure) => failure.0.iter().map(|r| r.code).collect(),
+        };
+        assert_eq!(codes, [code], "{node}");
+    }
+    assert_eq!(world.runs_on(), "a");
+}
+
+#[tokio::test]
+async fn a_node_of_another_ca_is_refused() {
+    let (ours, theirs) = (World::new().await, World::new().await);
+    ours.cable.reroute(theirs.b.address());
+    let (_, codes, _) = ending(&ours.migrate().await);
+    assert_eq!(codes, [Code::NotTrusted]);
+    assert_eq!(ours.runs_on(), "a");
+}
+
+#[tokio::test]
+async fn another_node_under_the_address_is_refused() {
+    let world = World::new().await;
+    let c = Side::new(&world.dir, "c", |_| {}).await;
+    world.cable.reroute(c.address());
+    let (_, codes, _) = ending(&world.migrate().await);
+    // It does not serve that name; whose fault that is cannot be told.
+    assert!(codes == [Code::NotTrusted] || codes == [Code::Link], "{codes:?}");
+    assert_eq!(world.runs_on(), "a");
+}
+
+#[tokio::test]
+async fn a_target_may_admit_some_nodes_only() {
+    let world = World::new().await;
+    let c = Side::new(&world.dir, "c", |config| {
+        config.allow = Some(vec!["x".parse().unwrap()]);
+    })
+    .await;
+    let mut request = world.request();
+    request.node = format!("c@{}", c.address());
+    let live = source::begin(&world.a.node, &request).await.unwrap();
+    let (_, codes, _) = ending(&super::world::end(&live).await);
+    assert_eq!(codes, [Code::NotTrusted]);
+    assert_eq!(world.runs_on(), "a");
+}
+
+/// Whatever fails on the target before the commit is undone there.
+#[tokio::test]
+async fn a_failure_on_the_target_leaves_nothing() {
+    for point in ["lease", "write", "create", "start", "restore"] {
+        let world = World::new().await;
+        world.b.fake.state().fail.insert(point, "no luck");
+        let (ending, codes, outcome) = ending(&world.migrate().await);
+        assert_eq!(ending, Ending::StayedHome, "{point}: {outcome}");
+        assert!(codes.contains(&Code::Daemon), "{point}: {codes:?}");
+        assert_eq!(world.runs_on(), "a", "{point}");
+        assert!(outcome.contains("redis is RUNNING on a"), "{point}: {outcome}");
+        world.nothing_left().await;
+    }
+}
