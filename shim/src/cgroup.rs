@@ -12,7 +12,7 @@ pub mod oom;
 use std::{
     collections::BTreeMap,
     fs,
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
     thread,
     time::{Duration, Instant},
 };
@@ -186,6 +186,27 @@ impl Cgroup {
     }
 }
 
+/// Moves a process into the group `path` of every hierarchy that has it, as
+/// the option for the shim's own group wants it.
+pub fn join(path: &str, pid: u32) -> Result<()> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo")
+        .map_err(Error::io("read /proc/self/mountinfo"))?;
+    let mut joined = false;
+    let below = path.trim_start_matches('/');
+    if Path::new(below).components().any(|part| part == Component::ParentDir) {
+        return Err(Error::InvalidArgument(format!("the cgroup {path} leads upwards")));
+    }
+    for mounted in mounts.lines().filter_map(Mounted::parse) {
+        let file = mounted.point.join(below).join("cgroup.procs");
+        if file.exists() {
+            write_cgroup_file_str(&file, &pid.to_string())
+                .map_err(Error::other(format!("write {pid} to {}", file.display())))?;
+            joined = true;
+        }
+    }
+    if joined { Ok(()) } else { Err(Error::NotFound(format!("there is no cgroup {path}"))) }
+}
+
 /// One mounted hierarchy, from mountinfo(5).
 struct Mounted {
     root: String,
@@ -216,7 +237,7 @@ impl Mounted {
     /// Where `path`, seen from the root of the hierarchy, lies in the mount.
     fn directory(&self, path: &str) -> Option<PathBuf> {
         let below = Path::new(path).strip_prefix(&self.root).ok()?;
-        let sound = !below.components().any(|part| part == std::path::Component::ParentDir);
+        let sound = !below.components().any(|part| part == Component::ParentDir);
         sound.then(|| self.point.join(below))
     }
 }

@@ -17,6 +17,7 @@ mod events;
 mod held;
 mod inspect;
 mod mounts;
+mod netns;
 mod oci;
 mod options;
 mod pod;

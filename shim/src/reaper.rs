@@ -168,6 +168,7 @@ mod tests {
 
     use super::*;
 
+    #[expect(clippy::zombie_processes, reason = "the reaper waits, that is the test")]
     #[tokio::test]
     async fn an_exit_is_seen_before_and_after_it_is_asked_for() {
         let reaper = Reaper::start().unwrap();

@@ -14,7 +14,7 @@ use std::{
 use containerd_shim::{
     Flags, StartOpts,
     bootstrap::{BootstrapParams, BootstrapResult},
-    cgroup::set_cgroup_and_oom_score,
+    cgroup::adjust_oom_score,
 };
 use containerd_shim_protos::{
     TASK_API_VERSION,
@@ -27,6 +27,7 @@ use nix::{
 };
 
 use crate::{
+    cgroup,
     container::Head,
     error::{Error, Result},
     options::RuntimeOptions,
@@ -216,16 +217,22 @@ fn fork_server(
             std::process::exit(code)
         }
         Some(child) => {
-            let confined = set_cgroup_and_oom_score(child.as_raw() as u32, &options.shim_cgroup);
+            let confined = confine(child.as_raw() as u32, &options.shim_cgroup);
             if confined.is_err() {
                 let _ = kill(child, Signal::SIGKILL);
             }
-            confined.map_err(Error::other(match options.shim_cgroup.as_str() {
-                "" => "raise the shim's OOM score".to_owned(),
-                cgroup => format!("move the shim to the cgroup {cgroup}"),
-            }))
+            confined
         }
     }
+}
+
+/// Into the cgroup that the options want, and to be killed before containerd
+/// when memory is short.
+fn confine(server: u32, shim_cgroup: &str) -> Result<()> {
+    if !shim_cgroup.is_empty() {
+        cgroup::join(shim_cgroup, server)?;
+    }
+    adjust_oom_score(server).map_err(Error::other("raise the shim's OOM score"))
 }
 
 /// Away from containerd's session and from the pipe that it reads to the end.

@@ -134,6 +134,33 @@ pub fn spare_memory() {
     }
 }
 
+/// Sets an interface of the current network namespace up (netdevice(7)).
+pub fn interface_up(name: &str) -> io::Result<()> {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let socket = socket(AddressFamily::Inet, SockType::Datagram, flags, None)?;
+    // SAFETY: all-zero bytes are a valid `ifreq`: a name and a union of
+    // integers and addresses.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    // One byte stays 0: the name ends there.
+    let room = request.ifr_name.len() - 1;
+    for (to, from) in request.ifr_name[..room].iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    // SAFETY: `request` has the kernel's layout and outlives both calls; the
+    // kernel reads the name and writes, then reads, the flags.
+    unsafe {
+        if libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFFLAGS, &mut request) < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        request.ifr_ifru.ifru_flags |= libc::IFF_UP as libc::c_short;
+        if libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &request) < 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use std::io::{Read, Write};

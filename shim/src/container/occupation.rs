@@ -18,7 +18,6 @@ pub struct Occupation {
     pub(super) context: Arc<Context>,
     pub(super) pid: i32,
     pub(super) cgroup: Option<Cgroup>,
-    pub(super) was_paused: bool,
     pub(super) owner: mpsc::UnboundedSender<Request>,
 }
 
@@ -36,11 +35,6 @@ impl Occupation {
         self.cgroup.as_ref().ok_or_else(|| {
             Error::FailedPrecondition(format!("container {} has no cgroup", self.context.key))
         })
-    }
-
-    /// The client had paused it before; then it must end paused.
-    pub fn was_paused(&self) -> bool {
-        self.was_paused
     }
 
     /// The processes stand still: State says PAUSED from now on.

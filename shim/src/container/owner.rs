@@ -376,7 +376,6 @@ impl Owner {
             context: self.context.clone(),
             pid: self.init.pid,
             cgroup: self.cgroup.clone(),
-            was_paused: self.was_paused,
             owner: self.requests.clone(),
         })
     }
