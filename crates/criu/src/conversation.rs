@@ -282,23 +282,37 @@ impl Conversation {
     /// Passes everything along until CRIU sends this notification, which is
     /// then held: CRIU waits and the runtime knows nothing of it.
     pub async fn until(&mut self, script: &str) -> Result<Notified, CriuError> {
-        self.pass().await?;
         loop {
-            if let State::Ended(outcome) = &self.state {
-                let (kind, outcome) = (self.kind, outcome.clone());
-                return Err(CriuError::Ended { kind, awaited: script.into(), outcome });
-            }
-            let packet = self.next_of_criu().await?;
-            match self.read(&packet)? {
-                Said::Notification(notified) => {
-                    self.last.clone_from(&notified.script);
-                    if notified.script == script {
-                        self.state = State::Held(packet);
-                        return Ok(notified);
-                    }
-                    self.deliver(&packet).await?;
+            match self.next().await? {
+                Some(notified) if notified.script == script => return Ok(notified),
+                Some(_) => {}
+                None => {
+                    let State::Ended(outcome) = &self.state else { continue };
+                    let (kind, outcome) = (self.kind, outcome.clone());
+                    return Err(CriuError::Ended { kind, awaited: script.into(), outcome });
                 }
-                Said::Answer(outcome) => self.ended(&packet, outcome).await,
+            }
+        }
+    }
+
+    /// Passes a held notification along and holds the next one, whichever it
+    /// is; `None` once CRIU has answered. Some are not sent for every
+    /// container: without a network namespace there is no `network-lock`.
+    pub async fn next(&mut self) -> Result<Option<Notified>, CriuError> {
+        self.pass().await?;
+        if let State::Ended(_) = self.state {
+            return Ok(None);
+        }
+        let packet = self.next_of_criu().await?;
+        match self.read(&packet)? {
+            Said::Notification(notified) => {
+                self.last.clone_from(&notified.script);
+                self.state = State::Held(packet);
+                Ok(Some(notified))
+            }
+            Said::Answer(outcome) => {
+                self.ended(&packet, outcome).await;
+                Ok(None)
             }
         }
     }
@@ -326,18 +340,11 @@ impl Conversation {
     /// Passes everything along, a held notification first, up to CRIU's final
     /// answer, which the runtime gets as well.
     pub async fn finish(mut self) -> Result<Outcome, CriuError> {
-        self.pass().await?;
         loop {
-            if let State::Ended(outcome) = self.state {
+            if self.next().await?.is_none()
+                && let State::Ended(outcome) = self.state
+            {
                 return Ok(outcome);
-            }
-            let packet = self.next_of_criu().await?;
-            match self.read(&packet)? {
-                Said::Notification(notified) => {
-                    self.last = notified.script;
-                    self.deliver(&packet).await?;
-                }
-                Said::Answer(outcome) => self.ended(&packet, outcome).await,
             }
         }
     }

@@ -1,0 +1,119 @@
+//! A restore: the OCI runtime's own, with CRIU at the gate.
+//!
+//! No daemon can say at a restore what the checkpoint was made with, so that
+//! was left beside the images and is put into CRIU's request here.
+
+use std::{fs, path::Path, sync::Arc};
+
+use tracing::warn;
+use transship_criu::{Remembered, log};
+use transship_migration::chain;
+
+use crate::{
+    cgroup::Cgroup,
+    container::{Context, Revival},
+    error::{Error, Result},
+    held::Held,
+    mounts,
+};
+
+/// Answers the pid of the first process.
+pub async fn restore(revival: &mut Revival, images: &Path) -> Result<i32> {
+    let context = revival.context.clone();
+    let work = context.criu_work();
+    fs::create_dir_all(&work).map_err(Error::io(format!("make {}", work.display())))?;
+    let remembered = Remembered::read(images)
+        .map_err(Error::other(format!("restore container {}", context.id())))?;
+    let mut command = revival.command(images, &work)?;
+    command.arg(revival.id());
+
+    let path = work.join("restore.log");
+    let failed = |error: &dyn std::error::Error| explain(context.id(), error, &path);
+    let started = Held::start(&context.oci, command, path.clone()).await;
+    let mut restoring = Restoring { context: context.clone(), held: None };
+    let held = restoring.held.insert(started.map_err(|e| failed(&e))?);
+    let conversation = held.conversation().map_err(|e| failed(&e))?;
+    if let Some(remembered) = remembered {
+        conversation.amend(|request| remembered.apply(request));
+    }
+    let brought = async {
+        conversation.release().await?;
+        // What comes after takes moments, and `finish` allows no more.
+        conversation.until("pre-resume").await
+    };
+    if let Err(error) = brought.await {
+        let told = failed(&error);
+        restoring.undo().await;
+        return Err(told);
+    }
+    let Some(held) = restoring.held.take() else { return revival.pid() };
+    held.finish("restore").await.map_err(|e| failed(&e))?;
+    let pid = revival.pid()?;
+    thaw(pid);
+    Ok(pid)
+}
+
+/// A restore under way. Dropped (the container was killed meanwhile) it still
+/// undoes what the runtime has done; nobody waits for that.
+struct Restoring {
+    context: Arc<Context>,
+    held: Option<Held>,
+}
+
+impl Restoring {
+    async fn undo(&mut self) {
+        if let Some(held) = self.held.take() {
+            undo(self.context.clone(), held).await;
+        }
+    }
+}
+
+impl Drop for Restoring {
+    fn drop(&mut self) {
+        if let Some(held) = self.held.take() {
+            tokio::spawn(undo(self.context.clone(), held));
+        }
+    }
+}
+
+/// CRIU kills what it has restored once its socket is closed; the runtime
+/// then removes what it has made. One that could not leaves a mount.
+async fn undo(context: Arc<Context>, held: Held) {
+    if let Err(error) = held.abandon().await {
+        warn!(error = chain(&error), "CRIU did not undo its restore well");
+    }
+    let root = context.bundle.join("criu-root");
+    if !root.exists() {
+        return;
+    }
+    if let Err(error) = mounts::unmount(&root).await {
+        warn!(error = error.sentence(), "the restore's mount is still there");
+    }
+    // Gone already, or not empty: then it is not what we came for.
+    let _ = fs::remove_dir(&root);
+}
+
+/// A client of containerd pauses before it checkpoints, and CRIU puts a
+/// freezer back as it found it. But Start means: running.
+fn thaw(pid: i32) {
+    let thawed = Cgroup::of_process(pid).and_then(|cgroup| match cgroup.is_frozen()? {
+        true => cgroup.thaw(),
+        false => Ok(()),
+    });
+    if let Err(error) = thawed {
+        warn!(pid, error = error.sentence(), "it may stand still in its freezer");
+    }
+}
+
+/// Why CRIU failed, by the lines of its log, and where the rest of it is.
+fn explain(id: &str, error: &dyn std::error::Error, path: &Path) -> Error {
+    let mut said = format!("container {id} was not restored: {}", chain(error));
+    if let Some(lines) = log::explain(path) {
+        if !said.contains(&lines) {
+            said.push_str(": ");
+            said.push_str(&lines);
+        }
+        said.push_str(&format!(" (whole log: {})", path.display()));
+    }
+    Error::Runtime { action: "restore", said }
+}
