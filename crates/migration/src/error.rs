@@ -60,7 +60,7 @@ impl MigrationError {
         match self {
             Self::Wire(_) => Code::Link,
             Self::Link(error) => error.code(),
-            Self::Rootfs(_) => Code::Space,
+            Self::Rootfs(error) => error.code(),
             Self::Runtime { .. } => Code::Runtime,
             Self::Image { .. } | Self::Journal { .. } => Code::Space,
             Self::Malformed { .. } | Self::Name(_) => Code::Malformed,

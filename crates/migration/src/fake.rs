@@ -112,8 +112,9 @@ impl Source for FakeSource {
         fail(self.fails, Step::Prepare)
     }
 
-    fn descriptors(&self) -> Result<String, MigrationError> {
-        Ok("[]".into())
+    fn complete(&mut self, manifest: &mut Manifest) -> Result<(), MigrationError> {
+        manifest.descriptors = "[]".into();
+        Ok(())
     }
 
     async fn freeze(&mut self) -> Result<(), MigrationError> {

@@ -35,9 +35,9 @@ pub trait Source: Send {
     fn images(&self) -> PathBuf;
     /// Starts everything a dump needs and holds it: the container still runs.
     async fn prepare(&mut self) -> Result<(), MigrationError>;
-    /// The external descriptors of its first process as the OCI runtime wrote
-    /// them for its own restore; known once `prepare` has returned.
-    fn descriptors(&self) -> Result<String, MigrationError>;
+    /// Adds what the restore needs and only `prepare` has found out: the
+    /// options of the dump, and the OCI runtime's external descriptors.
+    fn complete(&mut self, manifest: &mut Manifest) -> Result<(), MigrationError>;
     /// Returns once every task stands still.
     async fn freeze(&mut self) -> Result<(), MigrationError>;
     /// Returns once every image is complete; the tasks still stand.
@@ -168,7 +168,7 @@ impl Run<'_> {
         // First of all, because the target's runtime wants to know what this
         // one finds out, and because a dump that cannot start need not travel.
         source.prepare().await?;
-        manifest.descriptors = source.descriptors()?;
+        source.complete(&mut manifest)?;
         self.channel.reader.set_deadline(limits::FRAME);
         say(&mut self.channel.writer, Message::Manifest(manifest)).await?;
         self.expect_waiting().await?;

@@ -1,0 +1,153 @@
+//! The arriving end of a migration: Start of a container that was created
+//! under a ticket.
+//!
+//! The daemon waits in Start while the container comes in. CRIU's images stay
+//! in a tmpfs without a mount point; the OCI runtime's `restore` is started
+//! early and held at the gate, twice: before CRIU gets its request, and before
+//! the first instruction runs.
+
+use std::{fs, path::PathBuf, time::Duration};
+
+use async_trait::async_trait;
+use tokio_util::sync::CancellationToken;
+use transship_criu::{Remembered, images::MemoryDir};
+use transship_link::arrivals;
+use transship_migration::{
+    Journal, Manifest, MigrationError, Target,
+    journal::{Role, Subject},
+};
+use transship_types::{Epoch, NodeName, Ticket, paths::STATE_DIR};
+
+use crate::{
+    container::Revival,
+    error::{Error, Result},
+    held::Held,
+    netns,
+};
+
+/// How long a created container waits for its source. The agents are done
+/// with everything else by then; only a source that died makes it this long.
+const WAIT: Duration = Duration::from_secs(120);
+
+/// The name that runc and crun give to what their own restore needs.
+const DESCRIPTORS: &str = "descriptors.json";
+
+/// Answers the pid of the first process, a child of ours by then.
+pub async fn arrive(revival: &mut Revival, ticket: &Ticket) -> Result<i32> {
+    let failed = |what: &str| format!("container {} did not arrive: {what}", revival.id());
+    let arrival = arrivals::wait(ticket, WAIT)
+        .await
+        .map_err(Error::other(failed("its source did not come")))?;
+    let peer = arrival.peer.clone();
+    let channel =
+        arrival.accept().await.map_err(Error::other(failed("its source was not accepted")))?;
+    let images = MemoryDir::create(None)
+        .map_err(Error::other(failed("there is no memory for CRIU's images")))?;
+    let failed = format!("container {} did not arrive from {peer}", revival.id());
+    let mut landing = Landing { revival, images, peer, ticket, remembered: None, held: None };
+    // Killing the container drops this future; nothing else cancels it.
+    let never = CancellationToken::new();
+    let pid = transship_migration::arrive(channel, &mut landing, ticket, &never)
+        .await
+        .map_err(Error::other(failed))?;
+    i32::try_from(pid).map_err(Error::other("a pid that is none"))
+}
+
+struct Landing<'a> {
+    revival: &'a mut Revival,
+    images: MemoryDir,
+    peer: NodeName,
+    ticket: &'a Ticket,
+    remembered: Option<Remembered>,
+    held: Option<Held>,
+}
+
+impl Landing<'_> {
+    fn held(&mut self) -> std::result::Result<&mut Held, MigrationError> {
+        let missing = || MigrationError::runtime("restore", "it was not prepared");
+        self.held.as_mut().ok_or_else(missing)
+    }
+}
+
+#[async_trait]
+impl Target for Landing<'_> {
+    fn root(&self) -> PathBuf {
+        // A container without a readable spec was refused by Create.
+        self.revival.context.root().unwrap_or_else(|_| self.revival.context.bundle.join("rootfs"))
+    }
+
+    fn images(&self) -> PathBuf {
+        self.images.path()
+    }
+
+    async fn prepare(&mut self, manifest: &Manifest) -> std::result::Result<(), MigrationError> {
+        let image = |name: &str| {
+            let name = name.to_owned();
+            move |source| MigrationError::Image { name, source }
+        };
+        self.remembered = manifest.remembered.as_ref().map(Remembered::from);
+        let path = self.images.path().join(DESCRIPTORS);
+        fs::write(path, &manifest.descriptors).map_err(image(DESCRIPTORS))?;
+        let work = self.revival.context.criu_work();
+        fs::create_dir_all(&work).map_err(image("work directory"))?;
+        let images = self.images.path();
+        let started = |error: Error| MigrationError::runtime("restore", error.sentence());
+        let mut command = self.revival.command(&images, &work).map_err(started)?;
+        command.arg(self.revival.id());
+        let context = self.revival.context.clone();
+        self.held = Some(Held::start(&context.oci, command, work.join("restore.log")).await?);
+        Ok(())
+    }
+
+    async fn restore(&mut self) -> std::result::Result<(), MigrationError> {
+        let remembered = self.remembered.take();
+        let spec = self.revival.context.spec();
+        let spec = spec.map_err(|error| MigrationError::runtime("restore", error.sentence()))?;
+        let fresh_network = netns::is_made_by_runtime(&spec);
+        let held = self.held()?;
+        if let Some(remembered) = remembered {
+            held.conversation()?.amend(|request| remembered.apply(request));
+        }
+        held.release("restore").await?;
+        if fresh_network {
+            held.set_up_network("restore").await?;
+        }
+        held.until("restore", "pre-resume").await
+    }
+
+    async fn resume(&mut self) -> std::result::Result<u32, MigrationError> {
+        let held = self.held.take();
+        let held = held.ok_or_else(|| MigrationError::runtime("resume", "nothing is held"))?;
+        held.finish("restore").await?;
+        let pid = self.revival.pid();
+        let pid = pid.map_err(|error| MigrationError::runtime("resume", error.sentence()))?;
+        u32::try_from(pid).map_err(|_| MigrationError::runtime("resume", "a pid that is none"))
+    }
+
+    async fn discard(&mut self) -> std::result::Result<(), MigrationError> {
+        if let Some(held) = self.held.take() {
+            held.abandon().await?;
+        }
+        let context = &self.revival.context;
+        let deleted = context.oci.delete(context.id(), true).await;
+        deleted.map_err(|error| MigrationError::runtime("discard", error.sentence()))
+    }
+
+    fn journal(&self, manifest: &Manifest) -> std::result::Result<Journal, MigrationError> {
+        let key = &self.revival.context.key;
+        if manifest.container != key.id() {
+            let what = format!("container {} under the ticket of {}", manifest.container, key.id());
+            return Err(MigrationError::Malformed { what });
+        }
+        let subject = Subject {
+            role: Role::Target,
+            migration: manifest.migration.parse()?,
+            ticket: self.ticket.clone(),
+            namespace: key.namespace().into(),
+            container: key.id().into(),
+            peer: self.peer.clone(),
+            epoch: Epoch(manifest.epoch),
+        };
+        Journal::create(&PathBuf::from(STATE_DIR).join("journal"), subject)
+    }
+}

@@ -1,0 +1,356 @@
+//! The control service of this shim (`proto/control.proto`): what the node's
+//! agent asks of a container that may leave.
+
+use std::{
+    collections::HashMap,
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use async_trait::async_trait;
+use containerd_shim_protos::ttrpc::{
+    self,
+    r#async::{ServerStreamSender, Service, TtrpcContext},
+};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
+use tracing::{Instrument, info_span};
+use transship_api::{
+    control::{
+        AbandonRequest, AbandonResponse, DepartEvent, DepartRequest, Departure, InspectRequest,
+        InspectResponse, PhaseTime, Progress, SettleRequest, SettleResponse,
+    },
+    control_ttrpc::{Shim, create_shim},
+};
+use transship_link::{Credentials, Trust, connect_ticket};
+use transship_migration::{
+    Journal, Manifest, chain, depart,
+    handoff::Ending,
+    journal::{Role, Subject},
+    settle,
+};
+use transship_types::{Epoch, MigrationId, NodeName, Ticket, paths::STATE_DIR};
+
+use crate::{
+    depart::Leaving,
+    error::{Error, Result},
+    inspect,
+    pod::Pod,
+};
+
+/// Events on their way to the agent; it reads faster than phases change.
+const QUEUE: usize = 64;
+
+/// The service, to be registered with a server.
+pub fn services(pod: &Pod) -> HashMap<String, Service> {
+    create_shim(Arc::new(Control { pod: pod.clone(), departures: Mutex::default() }))
+}
+
+struct Control {
+    pod: Pod,
+    /// By container; one at a time.
+    departures: Mutex<HashMap<String, Under>>,
+}
+
+/// A departure under way.
+struct Under {
+    migration: MigrationId,
+    cancel: CancellationToken,
+    /// None until it has ended.
+    ending: watch::Receiver<Option<Ending>>,
+    /// In doubt: where proof is awaited.
+    proof: Option<oneshot::Sender<Proof>>,
+}
+
+struct Proof {
+    runs_there: bool,
+    settled: oneshot::Sender<std::result::Result<Ending, String>>,
+}
+
+/// What a departure needs, checked.
+struct Order {
+    id: String,
+    migration: MigrationId,
+    ticket: Ticket,
+    address: String,
+    node: NodeName,
+    credentials: Credentials,
+}
+
+impl Order {
+    fn check(request: DepartRequest) -> Result<Self> {
+        let invalid =
+            |error: transship_types::InvalidName| Error::InvalidArgument(error.to_string());
+        let credentials = request.credentials.into_option().unwrap_or_default();
+        Ok(Self {
+            migration: request.migration.parse().map_err(invalid)?,
+            ticket: request.ticket.parse().map_err(invalid)?,
+            node: request.node.parse().map_err(invalid)?,
+            id: request.id,
+            address: request.address,
+            credentials: Credentials {
+                ca: credentials.ca.into(),
+                certificate: credentials.certificate.into(),
+                key: credentials.key.into(),
+            },
+        })
+    }
+}
+
+#[async_trait]
+impl Shim for Control {
+    async fn inspect(
+        &self,
+        _: &TtrpcContext,
+        request: InspectRequest,
+    ) -> ttrpc::Result<InspectResponse> {
+        let container = self.pod.find(&request.id)?;
+        Ok(inspect::inspect(&container).await?)
+    }
+
+    async fn depart(
+        &self,
+        _: &TtrpcContext,
+        request: DepartRequest,
+        stream: ServerStreamSender<DepartEvent>,
+    ) -> ttrpc::Result<()> {
+        let order = Order::check(request)?;
+        let container = self.pod.find(&order.id)?;
+        let leaving = Leaving::new(container.occupy().await?)?;
+        let cancel = CancellationToken::new();
+        let (ended, ending) = watch::channel(None);
+        let under = Under {
+            migration: order.migration.clone(),
+            cancel: cancel.clone(),
+            ending,
+            proof: None,
+        };
+        self.departures().insert(order.id.clone(), under);
+
+        let (events, mut queue) = mpsc::channel(QUEUE);
+        let span = info_span!("departure", id = order.id, migration = %order.migration);
+        let (id, key) = (order.id.clone(), container.key().clone());
+        let (doubt, doubtful) = oneshot::channel();
+        let journal = PathBuf::from(STATE_DIR).join("journal");
+        // A task of its own: it must reach an ending even if the agent, whose
+        // call this is, goes away.
+        tokio::spawn(
+            async move {
+                let namespace = key.namespace().to_owned();
+                run(leaving, order, namespace, journal, &cancel, events, &ended, doubt).await;
+            }
+            .instrument(span),
+        );
+        let mut told = Ok(());
+        while let Some(event) = queue.recv().await {
+            told = stream.send(&event).await;
+            if told.is_err() {
+                // Nobody listens any more: before the commit that is a cancel.
+                if let Some(under) = self.departures().get(&id) {
+                    under.cancel.cancel();
+                }
+                break;
+            }
+        }
+        match doubtful.await {
+            Ok(proof) => {
+                if let Some(under) = self.departures().get_mut(&id) {
+                    under.proof = Some(proof);
+                }
+            }
+            Err(_) => {
+                self.departures().remove(&id);
+            }
+        }
+        told
+    }
+
+    async fn abandon(
+        &self,
+        _: &TtrpcContext,
+        request: AbandonRequest,
+    ) -> ttrpc::Result<AbandonResponse> {
+        let (cancel, mut ending) = {
+            let departures = self.departures();
+            let under = find(&departures, &request.id, &request.migration)?;
+            (under.cancel.clone(), under.ending.clone())
+        };
+        cancel.cancel();
+        let ended = match ending.wait_for(Option::is_some).await {
+            Ok(ended) => *ended,
+            Err(_) => None,
+        };
+        let mut response = AbandonResponse::new();
+        response.abandoned = ended == Some(Ending::StayedHome);
+        response.detail = match ended {
+            Some(Ending::StayedHome) => "it runs on here".into(),
+            Some(Ending::Departed) => "too late: it had been committed and runs there".into(),
+            Some(Ending::InDoubt) => "too late: it had been committed and is in doubt".into(),
+            None => "its ending was not seen".into(),
+        };
+        Ok(response)
+    }
+
+    async fn settle(
+        &self,
+        _: &TtrpcContext,
+        request: SettleRequest,
+    ) -> ttrpc::Result<SettleResponse> {
+        let proof = {
+            let mut departures = self.departures();
+            find(&departures, &request.id, &request.migration)?;
+            departures.get_mut(&request.id).and_then(|under| under.proof.take())
+        };
+        let proof = proof.ok_or_else(|| {
+            Error::FailedPrecondition(format!("the departure of {} is not in doubt", request.id))
+        })?;
+        let (settled, answer) = oneshot::channel();
+        let gone = || Error::Internal(format!("the departure of {} was lost", request.id));
+        proof.send(Proof { runs_there: request.runs_there, settled }).map_err(|_| gone())?;
+        let ending = answer.await.map_err(|_| gone())?.map_err(Error::Internal)?;
+        self.departures().remove(&request.id);
+        let mut response = SettleResponse::new();
+        response.ending = ending.as_str().into();
+        Ok(response)
+    }
+}
+
+impl Control {
+    fn departures(&self) -> MutexGuard<'_, HashMap<String, Under>> {
+        self.departures.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn find<'a>(
+    departures: &'a HashMap<String, Under>,
+    id: &str,
+    migration: &str,
+) -> Result<&'a Under> {
+    let under = departures.get(id).filter(|under| under.migration.as_str() == migration);
+    under.ok_or_else(|| Error::NotFound(format!("no migration {migration} of {id} is under way")))
+}
+
+/// From the connection to the ending; `doubt` is used only if there is one.
+#[allow(clippy::too_many_arguments, reason = "one call, and each is of its own kind")]
+async fn run(
+    mut leaving: Leaving,
+    order: Order,
+    namespace: String,
+    journals: PathBuf,
+    cancel: &CancellationToken,
+    events: mpsc::Sender<DepartEvent>,
+    ended: &watch::Sender<Option<Ending>>,
+    doubt: oneshot::Sender<oneshot::Sender<Proof>>,
+) {
+    let (departure, open) =
+        attempt(&mut leaving, order, namespace, journals, cancel, &events).await;
+    let ending = match departure.ending.as_str() {
+        "departed" => Ending::Departed,
+        "in-doubt" => Ending::InDoubt,
+        _ => Ending::StayedHome,
+    };
+    // The container is free again before anybody hears of it.
+    let kept = (ending == Ending::InDoubt).then_some(leaving);
+    let mut event = DepartEvent::new();
+    event.set_departure(departure);
+    let (sender, proof) = oneshot::channel();
+    if let (Some(_), Some(_)) = (&kept, &open) {
+        let _ = doubt.send(sender);
+    } else {
+        drop(doubt);
+    }
+    let _ = ended.send(Some(ending));
+    // An agent that is gone asks again by migration.
+    let _ = events.send(event).await;
+    drop(events);
+    if let (Some(mut leaving), Some(journal)) = (kept, open)
+        && let Ok(proof) = proof.await
+    {
+        let settled = settle(&mut leaving, journal, proof.runs_there).await;
+        drop(leaving);
+        let _ = proof.settled.send(settled.map_err(|error| chain(&error)));
+    }
+}
+
+async fn attempt(
+    leaving: &mut Leaving,
+    order: Order,
+    namespace: String,
+    journals: PathBuf,
+    cancel: &CancellationToken,
+    events: &mpsc::Sender<DepartEvent>,
+) -> (Departure, Option<Journal>) {
+    let stayed = |error: String| {
+        let mut departure = Departure::new();
+        departure.ending = Ending::StayedHome.as_str().into();
+        departure.error = error;
+        (departure, None)
+    };
+    let trust = match Trust::load(&order.credentials) {
+        Ok(trust) => trust,
+        Err(error) => return stayed(chain(&error)),
+    };
+    let connected = tokio::select! {
+        connected = connect_ticket(&trust, &order.address, &order.node, &order.ticket) => connected,
+        () = cancel.cancelled() => return stayed("cancelled".into()),
+    };
+    let channel = match connected {
+        Ok(channel) => channel,
+        Err(error) => return stayed(chain(&error)),
+    };
+    let subject = Subject {
+        role: Role::Source,
+        migration: order.migration.clone(),
+        ticket: order.ticket.clone(),
+        namespace,
+        container: order.id.clone(),
+        peer: order.node.clone(),
+        epoch: Epoch(1),
+    };
+    let epoch = subject.epoch.0;
+    let journal = match Journal::create(&journals, subject) {
+        Ok(journal) => journal,
+        Err(error) => return stayed(chain(&error)),
+    };
+    let manifest = Manifest {
+        migration: order.migration.to_string(),
+        ticket: order.ticket.to_string(),
+        container: order.id,
+        epoch,
+        remembered: None,
+        descriptors: String::new(),
+    };
+    let progress = |progress: transship_migration::Progress| {
+        let mut message = Progress::new();
+        message.phase = progress.phase.to_string();
+        message.bytes = progress.bytes;
+        let mut event = DepartEvent::new();
+        event.set_progress(message);
+        // A slow reader loses progress, never the ending.
+        let _ = events.try_send(event);
+    };
+    let done = depart(channel, leaving, manifest, journal, cancel, &progress).await;
+    let mut departure = Departure::new();
+    departure.ending = done.ending.as_str().into();
+    departure.error = done.error.as_ref().map(|error| chain(error)).unwrap_or_default();
+    departure.target_pid = done.target_pid.unwrap_or_default();
+    departure.downtime_us = micros(done.times.downtime());
+    departure.image_bytes = done.image_bytes;
+    departure.rootfs_bytes = done.layer.bytes;
+    departure.phases = done
+        .times
+        .times()
+        .into_iter()
+        .map(|(phase, time)| {
+            let mut entry = PhaseTime::new();
+            entry.phase = phase.to_string();
+            entry.duration_us = micros(time);
+            entry
+        })
+        .collect();
+    (departure, done.doubt)
+}
+
+fn micros(time: std::time::Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,197 @@
+//! The departing end of a migration: a running container leaves this node.
+
+use std::{fs, path::PathBuf, time::Duration};
+
+use async_trait::async_trait;
+use nix::{
+    sys::signal::{self, Signal},
+    unistd::Pid,
+};
+use tokio::time::{Instant, sleep};
+use tracing::warn;
+use transship_criu::{Remembered, images::MemoryDir};
+use transship_migration::{Manifest, MigrationError, Source};
+use transship_rootfs::Layer;
+
+use crate::{
+    cgroup::Cgroup,
+    container::{Context, Occupation},
+    error::Error,
+    held::Held,
+};
+
+/// What runc and crun write for their own restore, before they ask CRIU.
+const DESCRIPTORS: &str = "descriptors.json";
+
+/// How long killed processes may take to go: they wait for nothing but the
+/// release of their memory.
+const END: Duration = Duration::from_secs(30);
+
+type Result<T> = std::result::Result<T, MigrationError>;
+
+/// A container that is about to leave.
+pub struct Leaving {
+    occupation: Occupation,
+    layer: Layer,
+    images: MemoryDir,
+    held: Option<Held>,
+    /// CRIU has been told to go on: tasks may stand still.
+    released: bool,
+    guarded: bool,
+}
+
+impl Leaving {
+    pub fn new(occupation: Occupation) -> std::result::Result<Self, Error> {
+        let context = occupation.context();
+        let layer = layer(context)?;
+        let images = MemoryDir::create(None)
+            .map_err(Error::other("make a place for CRIU's images".to_owned()))?;
+        Ok(Self { occupation, layer, images, held: None, released: false, guarded: false })
+    }
+
+    fn held(&mut self) -> Result<&mut Held> {
+        let missing = || MigrationError::runtime("dump", "it was not prepared");
+        self.held.as_mut().ok_or_else(missing)
+    }
+
+    /// No process of the container may ever run again here: it runs there.
+    async fn kill(&self) -> Result<()> {
+        let cgroup = self.occupation.cgroup().map_err(step("depart"))?;
+        let deadline = Instant::now() + END;
+        loop {
+            let pids = cgroup.pids().map_err(step("depart"))?;
+            for pid in &pids {
+                // Gone already is what we want.
+                let _ = signal::kill(Pid::from_raw(*pid as i32), Signal::SIGKILL);
+            }
+            // Frozen processes of a v1 hierarchy die only once thawed; the
+            // signal is there first, so none of them runs an instruction.
+            if self.guarded {
+                freezing(cgroup, false).await.map_err(step("depart"))?;
+            }
+            if pids.is_empty() {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                return Err(MigrationError::Timeout {
+                    what: "the end of the departed processes",
+                    seconds: END.as_secs(),
+                });
+            }
+            sleep(Duration::from_millis(5)).await;
+        }
+    }
+}
+
+/// Freezes or thaws, off the runtime's own thread: the kernel takes its time.
+async fn freezing(cgroup: &Cgroup, frozen: bool) -> std::result::Result<(), Error> {
+    let cgroup = cgroup.clone();
+    let work = move || if frozen { cgroup.freeze() } else { cgroup.thaw() };
+    let joined = tokio::task::spawn_blocking(work).await;
+    joined.map_err(Error::other("change the freezer".to_owned()))?
+}
+
+/// What of the container's file system travels.
+pub fn layer(context: &Context) -> std::result::Result<Layer, Error> {
+    let root = context.root()?;
+    let found = Layer::of_mount(&root)
+        .map_err(Error::other(format!("find the writable layer of {}", context.key)))?;
+    Ok(found.unwrap_or_else(|| Layer::whole(&root)))
+}
+
+fn step(step: &'static str) -> impl FnOnce(Error) -> MigrationError {
+    move |error| MigrationError::runtime(step, error.sentence())
+}
+
+#[async_trait]
+impl Source for Leaving {
+    fn layer(&self) -> Option<Layer> {
+        Some(self.layer.clone())
+    }
+
+    fn images(&self) -> PathBuf {
+        self.images.path()
+    }
+
+    async fn prepare(&mut self) -> Result<()> {
+        let context = self.occupation.context().clone();
+        let work = context.criu_work();
+        fs::create_dir_all(&work)
+            .map_err(|source| MigrationError::Image { name: "work directory".into(), source })?;
+        let mut command = context.oci.command("checkpoint");
+        command.arg("--image-path").arg(self.images.path()).arg("--work-path").arg(&work);
+        // What is open stays open: connections by TCP repair, locks by CRIU.
+        command.args(["--tcp-established", "--file-locks"]).arg(context.id());
+        let mut held = Held::start(&context.oci, command, work.join("dump.log")).await?;
+        held.conversation()?.amend(|request| {
+            // CRIU polls the freezer in steps of 100 ms; ptrace alone stops
+            // the tasks in a few.
+            request.freeze_cgroup(None);
+        });
+        self.held = Some(held);
+        Ok(())
+    }
+
+    fn complete(&mut self, manifest: &mut Manifest) -> Result<()> {
+        let remembered = Remembered::of_dump(self.held()?.conversation()?.options());
+        manifest.remembered = Some((&remembered).into());
+        manifest.descriptors = fs::read_to_string(self.images.path().join(DESCRIPTORS))
+            .map_err(|source| MigrationError::Image { name: DESCRIPTORS.into(), source })?;
+        Ok(())
+    }
+
+    async fn freeze(&mut self) -> Result<()> {
+        self.released = true;
+        let held = self.held()?;
+        held.release("freeze").await?;
+        held.until("freeze", "network-lock").await?;
+        held.conversation()?
+            .pass()
+            .await
+            .map_err(|error| MigrationError::runtime("freeze", error.to_string()))?;
+        self.occupation.frozen().await.map_err(step("freeze"))
+    }
+
+    async fn dump(&mut self) -> Result<()> {
+        self.held()?.until("dump", "post-dump").await
+    }
+
+    async fn guard(&mut self) -> Result<()> {
+        self.guarded = true;
+        let cgroup = self.occupation.cgroup().map_err(step("freeze"))?;
+        freezing(cgroup, true).await.map_err(step("freeze"))
+    }
+
+    async fn thaw(&mut self) -> Result<()> {
+        let undone = match self.held.take() {
+            Some(held) => held.abandon().await,
+            None => Ok(()),
+        };
+        if std::mem::take(&mut self.guarded) {
+            let cgroup = self.occupation.cgroup().map_err(step("thaw"))?;
+            freezing(cgroup, false).await.map_err(step("thaw"))?;
+        }
+        if std::mem::take(&mut self.released) {
+            self.occupation.thawed().await.map_err(step("thaw"))?;
+        }
+        undone
+    }
+
+    async fn leave(&mut self) -> Result<()> {
+        let held = self.held.take();
+        let dump = async {
+            match held {
+                Some(held) => held.accept_dump().await,
+                None => Ok(()),
+            }
+        };
+        // At the same time: CRIU waits for its tasks to die, and frozen ones
+        // die only when the signal is there and the group is thawed.
+        let (dumped, killed) = tokio::join!(dump, self.kill());
+        if let Err(error) = dumped {
+            // The tasks are dead in any case, and that was all it had to do.
+            warn!(error = transship_migration::chain(&error), "CRIU did not end its dump well");
+        }
+        killed
+    }
+}

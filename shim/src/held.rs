@@ -1,0 +1,193 @@
+//! A run of the OCI runtime whose CRIU stands at the gate.
+
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use tokio::{
+    process::{Child, Command},
+    time::{Instant, sleep, timeout},
+};
+use tracing::warn;
+use transship_criu::{Conversation, CriuError, Gate, log};
+use transship_migration::{MigrationError, chain};
+
+use crate::{netns, oci::Oci};
+
+/// From the start of a runtime to CRIU's request: two starts of CRIU and some
+/// mounts. A host that swaps may need seconds.
+const START: Duration = Duration::from_secs(30);
+
+/// How long CRIU gets to undo its work: it thaws and unlocks, or kills what
+/// it restored.
+const UNDO: Duration = Duration::from_secs(20);
+
+/// How long the last steps may take, from the decision to the runtime's exit.
+const FINISH: Duration = Duration::from_secs(60);
+
+/// The runtime, waiting for CRIU, which waits for us.
+pub struct Held {
+    /// Keeps the directory in which CRIU is found.
+    _gate: Gate,
+    conversation: Option<Conversation>,
+    criu_pid: i32,
+    runtime: Child,
+    oci: Oci,
+    mark: u64,
+    log: PathBuf,
+}
+
+impl Held {
+    /// Starts `command` and returns once its CRIU has a request, which is not
+    /// released. `log` is where CRIU will write.
+    pub async fn start(
+        oci: &Oci,
+        mut command: Command,
+        log: PathBuf,
+    ) -> Result<Self, MigrationError> {
+        let mut gate = Gate::open().await.map_err(|error| failed("the CRIU gate", &error, None))?;
+        command.envs(gate.environment());
+        let mark = oci.log_mark();
+        let mut runtime = command.spawn().map_err(|error| {
+            MigrationError::runtime("the OCI runtime", format!("it cannot be started: {error}"))
+        })?;
+        // It holds the container's ends of its pipes.
+        drop(command);
+        let conversation = tokio::select! {
+            conversation = timeout(START, gate.conversation()) => conversation,
+            status = runtime.wait() => {
+                let said = oci.said_since(mark).unwrap_or_else(|| match status {
+                    Ok(status) => format!("it ended before CRIU was started ({status})"),
+                    Err(error) => error.to_string(),
+                });
+                return Err(MigrationError::runtime("the OCI runtime", said));
+            }
+        };
+        let conversation = conversation
+            .map_err(|_| MigrationError::Timeout {
+                what: "starting CRIU",
+                seconds: START.as_secs(),
+            })?
+            .map_err(|error| failed("the CRIU gate", &error, None))?;
+        let criu_pid = conversation.criu_pid();
+        let conversation = Some(conversation);
+        Ok(Self { _gate: gate, conversation, criu_pid, runtime, oci: oci.clone(), mark, log })
+    }
+
+    pub fn conversation(&mut self) -> Result<&mut Conversation, MigrationError> {
+        let missing = || MigrationError::runtime("CRIU", "it has ended already");
+        self.conversation.as_mut().ok_or_else(missing)
+    }
+
+    /// CRIU gets its request.
+    pub async fn release(&mut self, step: &'static str) -> Result<(), MigrationError> {
+        let released = self.conversation()?.release().await;
+        released.map_err(|error| failed(step, &error, None))
+    }
+
+    /// Returns once CRIU has sent this notification, and waits.
+    pub async fn until(&mut self, step: &'static str, script: &str) -> Result<(), MigrationError> {
+        match self.conversation()?.until(script).await {
+            Ok(_) => Ok(()),
+            Err(error) => Err(failed(step, &error, Some(&self.log))),
+        }
+    }
+
+    /// For a restore: see [`netns::set_up`].
+    pub async fn set_up_network(&mut self, step: &'static str) -> Result<(), MigrationError> {
+        let done = netns::set_up(self.conversation()?).await;
+        done.map_err(|error| failed(step, &error, Some(&self.log)))
+    }
+
+    /// Lets CRIU and then the runtime do the rest; both must succeed.
+    pub async fn finish(mut self, step: &'static str) -> Result<(), MigrationError> {
+        let Some(conversation) = self.conversation.take() else {
+            return Err(MigrationError::runtime(step, "CRIU has ended already"));
+        };
+        let rest = async {
+            let outcome = conversation.finish().await;
+            let status = self.runtime.wait().await;
+            (outcome, status)
+        };
+        let (outcome, status) = timeout(FINISH, rest)
+            .await
+            .map_err(|_| MigrationError::Timeout { what: step, seconds: FINISH.as_secs() })?;
+        let outcome = outcome.map_err(|error| failed(step, &error, Some(&self.log)))?;
+        if !outcome.success {
+            return Err(with_log(step, outcome.to_string(), Some(&self.log)));
+        }
+        match status {
+            Ok(status) if status.success() => Ok(()),
+            status => {
+                let said = self.oci.said_since(self.mark).unwrap_or_else(|| format!("{status:?}"));
+                Err(MigrationError::runtime(step, said))
+            }
+        }
+    }
+
+    /// CRIU at `post-dump` is told to kill the tasks. From here on nothing
+    /// that fails may wake them.
+    pub async fn accept_dump(mut self) -> Result<(), MigrationError> {
+        let Some(mut conversation) = self.conversation.take() else { return Ok(()) };
+        let rest = async {
+            conversation.acknowledge(true).await?;
+            let outcome = conversation.finish().await;
+            if let Err(error) = self.runtime.wait().await {
+                warn!(%error, "the OCI runtime's end was not seen");
+            }
+            outcome
+        };
+        match timeout(FINISH, rest).await {
+            Ok(Ok(outcome)) if outcome.success => Ok(()),
+            Ok(Ok(outcome)) => Err(with_log("dump", outcome.to_string(), Some(&self.log))),
+            Ok(Err(error)) => Err(failed("dump", &error, Some(&self.log))),
+            Err(_) => {
+                Err(MigrationError::Timeout { what: "CRIU's end", seconds: FINISH.as_secs() })
+            }
+        }
+    }
+
+    /// Closes CRIU's socket, upon which it undoes what it did, and returns
+    /// once it and the runtime are gone. CRIU is never killed: that would
+    /// leave its packet filter and its parasite behind.
+    pub async fn abandon(mut self) -> Result<(), MigrationError> {
+        drop(self.conversation.take());
+        let gone = timeout(UNDO, self.runtime.wait()).await.is_ok();
+        if !gone {
+            // The runtime hangs, not CRIU: it holds nothing that needs care.
+            if let Err(error) = self.runtime.kill().await {
+                warn!(%error, "the OCI runtime cannot be killed");
+            }
+        }
+        let deadline = Instant::now() + UNDO;
+        while is_criu(self.criu_pid) {
+            if Instant::now() > deadline {
+                let seconds = UNDO.as_secs();
+                return Err(MigrationError::Timeout { what: "CRIU's undoing", seconds });
+            }
+            // CRIU is the runtime's child or was reparented: no wait for it.
+            sleep(Duration::from_millis(2)).await;
+        }
+        Ok(())
+    }
+}
+
+/// Whether the pid is still that of a running CRIU.
+fn is_criu(pid: i32) -> bool {
+    let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else { return false };
+    // `PID (comm) STATE …`, see proc_pid_stat(5).
+    let Some((comm, rest)) = stat.rsplit_once(')') else { return false };
+    comm.ends_with("(criu") && !rest.trim_start().starts_with('Z')
+}
+
+fn failed(step: &'static str, error: &CriuError, log: Option<&Path>) -> MigrationError {
+    with_log(step, chain(error), log)
+}
+
+fn with_log(step: &'static str, reason: String, path: Option<&Path>) -> MigrationError {
+    match path.and_then(log::explain) {
+        Some(lines) => MigrationError::runtime(step, format!("{reason}\n{lines}")),
+        None => MigrationError::runtime(step, reason),
+    }
+}

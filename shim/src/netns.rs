@@ -1,0 +1,107 @@
+//! The network namespace of a container: what a restore does not bring along.
+//!
+//! runc and crun tell CRIU to leave the network namespace empty, because
+//! devices are not theirs. A fresh container gets its loopback interface set
+//! up by them, a restored one does not; without it a connection of the
+//! container to itself cannot even be restored. So we do it, between the
+//! making of the namespace and the restore of the sockets.
+
+use std::{fs::File, io, thread};
+
+use nix::{
+    ifaddrs::getifaddrs,
+    net::if_::InterfaceFlags,
+    sched::{CloneFlags, setns},
+};
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use tokio::sync::oneshot;
+use transship_criu::{Conversation, CriuError};
+
+use crate::{
+    error::{Error, Result},
+    sys,
+};
+
+/// Whether the OCI runtime makes the network namespace, so that nobody else
+/// sets it up.
+pub fn is_made_by_runtime(spec: &Spec) -> bool {
+    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
+    namespaces.into_iter().flatten().any(|namespace| {
+        namespace.typ() == LinuxNamespaceType::Network && namespace.path().is_none()
+    })
+}
+
+/// For a RESTORE that has been released: sets the loopback interface up in
+/// the namespace that CRIU has just made.
+pub async fn set_up(restore: &mut Conversation) -> std::result::Result<(), CriuError> {
+    // Only this notification says the pid; the namespace is complete with the
+    // next one.
+    let made = restore.until("setup-namespaces").await?;
+    restore.until("post-setup-namespaces").await?;
+    if let Some(pid) = made.pid
+        && let Err(error) = inside(pid, || sys::interface_up("lo")).await
+    {
+        // A container that does not talk to itself does not need it; one that
+        // does fails to restore, and then this is the reason.
+        tracing::warn!(error = error.sentence(), "no loopback interface");
+    }
+    Ok(())
+}
+
+/// Interfaces beside loopback that are up in the namespace of `pid`.
+pub async fn interfaces(pid: i32) -> Result<Vec<String>> {
+    let list = || {
+        let mut names: Vec<String> = getifaddrs()?
+            .filter(|interface| {
+                interface.flags.contains(InterfaceFlags::IFF_UP)
+                    && !interface.flags.contains(InterfaceFlags::IFF_LOOPBACK)
+            })
+            .map(|interface| interface.interface_name)
+            .collect();
+        names.sort();
+        names.dedup();
+        Ok(names)
+    };
+    inside(pid, list).await
+}
+
+/// Runs `work` in the network namespace of `pid`, on a thread of its own:
+/// one that has been there must not do anything else.
+async fn inside<T: Send + 'static>(
+    pid: i32,
+    work: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> Result<T> {
+    let doing = format!("look into the network namespace of process {pid}");
+    let (done, result) = oneshot::channel();
+    let enter = move || {
+        let namespace = File::open(format!("/proc/{pid}/ns/net"))?;
+        setns(namespace, CloneFlags::CLONE_NEWNET)?;
+        work()
+    };
+    thread::Builder::new()
+        .name("netns".into())
+        .spawn(move || {
+            let _ = done.send(enter());
+        })
+        .map_err(Error::io(doing.clone()))?;
+    let gone = || io::Error::other("the thread that looked has panicked");
+    result.await.unwrap_or_else(|_| Err(gone())).map_err(Error::io(doing))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_namespace_with_a_path_is_somebody_elses() {
+        for (namespaces, ours) in [
+            (r#"[{"type":"network"}]"#, true),
+            (r#"[{"type":"network","path":"/run/netns/pod"}]"#, false),
+            (r#"[{"type":"pid"}]"#, false),
+        ] {
+            let spec = format!(r#"{{"ociVersion":"1.0.2","linux":{{"namespaces":{namespaces}}}}}"#);
+            let spec: Spec = serde_json::from_str(&spec).unwrap();
+            assert_eq!(is_made_by_runtime(&spec), ours, "{namespaces}");
+        }
+    }
+}
