@@ -1,0 +1,238 @@
+//! `transship migrate`: move one container, and tell how it went.
+
+use std::{future::pending, time::Duration};
+
+use clap::Args;
+use serde_json::{Value, json};
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    time::{Instant, sleep_until},
+};
+use transship_api::{
+    control::{CancelRequest, Failed, MigrateEvent, MigrateRequest, Report, migrate_event::Event},
+    control_ttrpc::AgentClient,
+};
+
+use crate::{
+    Common, Output, client,
+    error::{Failure, Reason},
+    print,
+    progress::Bar,
+};
+
+const EXAMPLES: &str = "\
+Examples:
+  transship migrate redis --to node-b
+  transship migrate -n k8s.io 3f2a… --to node-b --output json
+  transship migrate redis --to node-b@10.0.0.2:7430 --timeout 120
+
+The container keeps running here unless it runs there. Ctrl-C cancels and
+waits for the outcome, a second Ctrl-C does not wait; after the commit it is
+too late and the migration completes.";
+
+/// Move a running container to another node.
+#[derive(Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Migrate {
+    /// The container's id.
+    pub container: String,
+    /// A node of transshipd's configuration, or NODE@HOST:PORT.
+    #[arg(long, value_name = "NODE")]
+    pub to: String,
+    /// containerd's namespace.
+    #[arg(short, long, default_value = "default")]
+    pub namespace: String,
+    /// Leave the stopped container and its record here.
+    #[arg(long)]
+    pub keep: bool,
+    /// Cancel if it has not ended after so many seconds.
+    #[arg(long, value_name = "SECONDS")]
+    pub timeout: Option<u64>,
+}
+
+impl Migrate {
+    pub async fn run(self, common: &Common) -> Result<(), Failure> {
+        let what = format!("{}/{} was not moved to {}", self.namespace, self.container, self.to);
+        let mut wishes = Wishes::new(self.timeout)
+            .map_err(|e| Failure::new(&what, vec![internal(&format!("signals: {e}"))]))?;
+        let client = client::connect(common, &what).await?;
+        let request = MigrateRequest {
+            namespace: self.namespace,
+            container: self.container,
+            node: self.to,
+            keep: self.keep,
+            ..Default::default()
+        };
+        let mut events = client
+            .migrate(client::patient(), &request)
+            .await
+            .map_err(|e| Failure::from_call(&what, &e))?;
+        let mut bar = Bar::new(common.output);
+        let mut migration = None;
+        let outcome = loop {
+            let event = tokio::select! {
+                event = events.recv() => event,
+                wish = wishes.next() => {
+                    bar.say(wish);
+                    if wishes.made > 1 {
+                        break Err(left(&what, migration.as_deref()));
+                    }
+                    cancel(&client, migration.as_deref(), &bar);
+                    continue;
+                }
+            };
+            match event {
+                Ok(Some(MigrateEvent { event: Some(event), .. })) => match event {
+                    Event::Started(started) => {
+                        migration = Some(started.migration);
+                        // Wished for before there was something to cancel.
+                        if wishes.made > 0 {
+                            cancel(&client, migration.as_deref(), &bar);
+                        }
+                    }
+                    Event::Progress(progress) => bar.show(&progress),
+                    Event::Report(report) => break Ok(report),
+                    Event::Failed(failed) => break Err(refused(&what, failed)),
+                    _ => {}
+                },
+                Ok(Some(_)) => {}
+                Ok(None) => {
+                    break Err(Failure::new(
+                        &what,
+                        vec![internal("transshipd ended it without an outcome")],
+                    ));
+                }
+                Err(error) => break Err(Failure::from_call(&what, &error)),
+            }
+        };
+        bar.clear();
+        let report = outcome?;
+        match common.output {
+            Output::Json => print::json(&as_json(&report)),
+            Output::Text => text(&report),
+        }
+        Ok(())
+    }
+}
+
+/// Reasons to stop: a signal, or the clock.
+struct Wishes {
+    interrupt: Signal,
+    terminate: Signal,
+    deadline: Option<Instant>,
+    made: u32,
+}
+
+impl Wishes {
+    fn new(timeout: Option<u64>) -> std::io::Result<Self> {
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+            deadline: timeout.map(|s| Instant::now() + Duration::from_secs(s)),
+            made: 0,
+        })
+    }
+
+    async fn next(&mut self) -> &'static str {
+        let clock = async {
+            match self.deadline {
+                Some(deadline) => sleep_until(deadline).await,
+                None => pending().await,
+            }
+        };
+        let wish = tokio::select! {
+            _ = self.interrupt.recv() => "cancelling; waiting for the outcome",
+            _ = self.terminate.recv() => "cancelling; waiting for the outcome",
+            () = clock => {
+                self.deadline = None;
+                // The clock alone never stops the waiting.
+                self.made = 0;
+                "the time is up; cancelling"
+            }
+        };
+        self.made += 1;
+        wish
+    }
+}
+
+/// Asked beside the stream, which brings the outcome.
+fn cancel(client: &AgentClient, migration: Option<&str>, bar: &Bar) {
+    let Some(migration) = migration else { return };
+    let request = CancelRequest { migration: migration.into(), ..Default::default() };
+    let client = client.clone();
+    bar.say("the container stays here unless it has been committed");
+    tokio::spawn(async move {
+        // An answer that is lost changes nothing: the stream tells the end.
+        let _ = client.cancel(client::patient(), &request).await;
+    });
+}
+
+fn left(what: &str, migration: Option<&str>) -> Failure {
+    let see = migration
+        .map_or("see `transship status`".into(), |m| format!("see `transship status {m}`"));
+    let reason = "it was cancelled, and its outcome was not waited for".into();
+    Failure::new(what, vec![Reason { code: "cancelled".into(), reason, remedy: see }])
+}
+
+fn refused(what: &str, failed: Failed) -> Failure {
+    let what = match failed.ending.as_str() {
+        "departed" => what.replace("was not moved", "may not have arrived"),
+        "in-doubt" => what.replace("was not moved", "is in doubt on its way"),
+        _ => what.into(),
+    };
+    let reasons = failed.refusals.into_iter().map(Reason::from).collect();
+    Failure { outcome: failed.outcome, ending: failed.ending, ..Failure::new(what, reasons) }
+}
+
+fn internal(reason: &str) -> Reason {
+    Reason { code: "internal".into(), reason: reason.into(), remedy: "see transshipd's log".into() }
+}
+
+fn as_json(r: &Report) -> Value {
+    let phases: Vec<_> = r
+        .phases
+        .iter()
+        .map(|p| json!({ "phase": p.phase, "duration_us": p.duration_us }))
+        .collect();
+    json!({
+        "migration": r.migration,
+        "namespace": r.namespace,
+        "container": r.container,
+        "source": r.source,
+        "target": r.target,
+        "source_state": r.source_state,
+        "target_state": r.target_state,
+        "target_pid": r.target_pid,
+        "downtime_us": r.downtime_us,
+        "total_us": r.total_us,
+        "phases": phases,
+        "image_bytes": r.image_bytes,
+        "rootfs_bytes": r.rootfs_bytes,
+        "content_bytes": r.content_bytes,
+    })
+}
+
+fn text(r: &Report) {
+    print::line(&format!(
+        "{}/{} moved from {} to {}",
+        r.namespace, r.container, r.source, r.target
+    ));
+    print::line(&format!(
+        "  {} there (pid {}), {} here",
+        r.target_state, r.target_pid, r.source_state
+    ));
+    print::line(&format!(
+        "  downtime {}, total {}",
+        print::micros(r.downtime_us),
+        print::micros(r.total_us)
+    ));
+    print::line(&format!(
+        "  sent {} of memory and state, {} of files, {} of image content",
+        print::bytes(r.image_bytes),
+        print::bytes(r.rootfs_bytes),
+        print::bytes(r.content_bytes)
+    ));
+    let phases: Vec<_> =
+        r.phases.iter().map(|p| format!("{} {}", p.phase, print::micros(p.duration_us))).collect();
+    print::line(&format!("  {}", phases.join(", ")));
+}
