@@ -20,7 +20,7 @@ MIN_RUNC=1.1.9
 MIN_CRUN=1.14
 MIN_NFT=1.0.6
 MIN_CARGO=1.88
-CARGO_DENY=0.18.9
+CARGO_DENY=0.20.2
 
 SOURCES=/etc/apt/sources.list.d/transship-newer.sources
 PREFERENCES=/etc/apt/preferences.d/transship
@@ -129,7 +129,7 @@ need_cargo_deny() {
         say "$(cargo deny --version): already good"
         return
     fi
-    say "cargo-deny: compiling $CARGO_DENY (some minutes, once)"
+    say "cargo-deny: compiling $CARGO_DENY (under a minute, once)"
     CARGO_PROFILE_DEV_DEBUG=0 cargo install --quiet --locked --debug cargo-deny@$CARGO_DENY
 }
 

@@ -124,6 +124,7 @@ impl Source for Leaving {
         command.args(["--tcp-established", "--file-locks"]).arg(context.id());
         let mut held = Held::start(&context.oci, command, work.join("dump.log")).await?;
         held.conversation()?.amend(|request| {
+            crate::checkpoint::amend(request);
             // CRIU polls the freezer in steps of 100 ms; ptrace alone stops
             // the tasks in a few.
             request.freeze_cgroup(None);

@@ -14,7 +14,7 @@ use crate::{
     container::{Context, Revival},
     error::{Error, Result},
     held::Held,
-    mounts,
+    mounts, netns,
 };
 
 /// Answers the pid of the first process.
@@ -24,6 +24,7 @@ pub async fn restore(revival: &mut Revival, images: &Path) -> Result<i32> {
     fs::create_dir_all(&work).map_err(Error::io(format!("make {}", work.display())))?;
     let remembered = Remembered::read(images)
         .map_err(Error::other(format!("restore container {}", context.id())))?;
+    let fresh_network = netns::is_made_by_runtime(&context.spec()?);
     let mut command = revival.command(images, &work)?;
     command.arg(revival.id());
 
@@ -38,6 +39,9 @@ pub async fn restore(revival: &mut Revival, images: &Path) -> Result<i32> {
     }
     let brought = async {
         conversation.release().await?;
+        if fresh_network {
+            netns::set_up(conversation).await?;
+        }
         // What comes after takes moments, and `finish` allows no more.
         conversation.until("pre-resume").await
     };

@@ -196,21 +196,14 @@ impl Run<'_> {
         source.freeze().await?;
 
         self.enter(Phase::Dump);
-        // What was written last travels while CRIU writes its images.
-        let last = async {
+        source.dump().await?;
+        // After the dump and not beside it: CRIU gives names to deleted files
+        // that are still linked somewhere, and those belong to the layer too.
+        if let Some(layer) = &layer {
             let pass = Pass { number: number + 1, last: true };
-            match &layer {
-                Some(layer) => {
-                    let writer = &mut self.channel.writer;
-                    send_pass(writer, layer, pass, before).await.map(|(_, totals)| totals)
-                }
-                None => Ok(Totals::default()),
-            }
-        };
-        let (dumped, last) = tokio::join!(source.dump(), last);
-        dumped?;
-        self.count(last?);
-        if layer.is_some() {
+            let writer = &mut self.channel.writer;
+            let (_, totals) = send_pass(writer, layer, pass, before).await?;
+            self.count(totals);
             self.expect_pass_done(number + 1).await?;
         }
 
