@@ -217,6 +217,10 @@ impl Book {
         self.inner().live.values().find(|l| l.migration == *migration).cloned()
     }
 
+    pub fn is_live(&self, key: &ContainerKey) -> bool {
+        self.inner().live.contains_key(key)
+    }
+
     pub fn all_live(&self) -> Vec<Arc<Live>> {
         self.inner().live.values().cloned().collect()
     }

@@ -195,8 +195,9 @@ pub enum DaemonError {
     NotFound { what: String },
     #[error("{what} exists already")]
     Exists { what: String },
-    #[error("the daemon at {address} does not answer")]
+    #[error("{address} does not answer")]
     Unavailable {
+        /// Its name and where it was looked for.
         address: String,
         #[source]
         source: Box<dyn Error + Send + Sync>,

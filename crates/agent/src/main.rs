@@ -1,7 +1,12 @@
 //! `transshipd`: the node agent, and the CA in two commands.
 #![forbid(unsafe_code)]
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    io::{self, IsTerminal},
+    path::PathBuf,
+    process::ExitCode,
+    sync::Arc,
+};
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
@@ -115,8 +120,19 @@ struct Serve {
     key: Option<PathBuf>,
 }
 
-fn main() -> anyhow::Result<()> {
-    let cli = Cli::parse();
+fn main() -> ExitCode {
+    match begin(Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // With its causes, and without a backtrace: most of these are
+            // about files.
+            eprintln!("transshipd: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn begin(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Some(Command::InitCa { dir }) => init_ca(&dir),
         Some(Command::Issue { node, dir, out, address }) => {
@@ -160,7 +176,11 @@ fn issue(
 #[tokio::main]
 async fn run(flags: Serve) -> anyhow::Result<()> {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(io::stderr().is_terminal())
+        .with_writer(io::stderr)
+        .init();
 
     let config = configured(flags)?;
     let daemon = Arc::new(Containerd::at(&config.containerd.address));

@@ -92,7 +92,7 @@ pub async fn open(node: Arc<Node>) -> Result<Serving, ServeError> {
     control.start().await.map_err(ServeError::Control)?;
 
     // What a former run left open, before new work can meet it.
-    target::take_up(&node).await;
+    target::take_up(&node);
     source::resume(&node).await;
     node.tasks.spawn(listener::serve(node.clone(), listener));
     tracing::info!(node = %node.name(), %address, "transshipd serves");

@@ -350,7 +350,7 @@ impl Source {
             Ok(Some(task)) => {
                 format!("{} is {} on {}", self.key, task.status.as_str(), self.node.name())
             }
-            Ok(None) => format!("{} has no task on {}", self.key, self.node.name()),
+            Ok(None) => format!("{} does not run on {}", self.key, self.node.name()),
             Err(_) => format!("{} was not touched on {}", self.key, self.node.name()),
         };
         let outcome = match left {

@@ -6,7 +6,10 @@
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::time::{self, Instant};
+use tokio::{
+    task::JoinHandle,
+    time::{self, Instant},
+};
 use tracing::Instrument;
 use transship_types::ContainerKey;
 
@@ -21,18 +24,43 @@ use crate::{
 const DECIDED: Duration = Duration::from_secs(600);
 const LOOK: Duration = Duration::from_secs(1);
 
-/// Takes them up in the background.
-pub async fn take_up(node: &Arc<Node>) {
-    let found = match node.daemon.unfinished().await {
-        Ok(found) => found,
-        Err(error) => {
-            tracing::warn!(error = chain(&error), "arrivals of a former run were not looked for");
-            return;
+/// Takes them up in the background, once the daemon answers: it may be
+/// starting as we are.
+///
+/// Answers, once it has looked, how many there were.
+pub fn take_up(node: &Arc<Node>) -> JoinHandle<usize> {
+    let node = node.clone();
+    node.tasks.clone().spawn(async move {
+        let found = tokio::select! {
+            found = look(&node) => found,
+            () = node.shutdown.cancelled() => return 0,
+        };
+        let mut taken = 0;
+        for (key, arriving) in found {
+            // One that has begun since we started is not ours to end.
+            if node.book.is_live(&key) {
+                continue;
+            }
+            let span = tracing::info_span!("unfinished arrival", container = %key);
+            node.tasks.spawn(settle(node.clone(), key, arriving).instrument(span));
+            taken += 1;
         }
-    };
-    for (key, arriving) in found {
-        let span = tracing::info_span!("unfinished arrival", container = %key);
-        node.tasks.spawn(settle(node.clone(), key, arriving).instrument(span));
+        taken
+    })
+}
+
+async fn look(node: &Node) -> Vec<(ContainerKey, Box<dyn Arriving>)> {
+    let mut told = false;
+    loop {
+        match node.daemon.unfinished().await {
+            Ok(found) => return found,
+            Err(error) if !told => {
+                tracing::warn!(error = chain(&error), "the daemon is not there yet");
+                told = true;
+            }
+            Err(_) => {}
+        }
+        time::sleep(LOOK).await;
     }
 }
 

@@ -96,6 +96,19 @@ async fn an_unfinished_arrival_is_taken_up() {
     }
 }
 
+/// Looking for what a former run left must not find what this one does.
+#[tokio::test]
+async fn an_arrival_under_way_is_not_unfinished() {
+    let world = World::new().await;
+    world.b.fake.hold("create");
+    let live = world.begin().await.unwrap();
+    world.b.fake.until("create").await;
+    assert!(!world.b.fake.state().leases.is_empty());
+    assert_eq!(crate::target::take_up(&world.b.node).await.unwrap(), 0);
+    world.b.fake.release("create");
+    assert_eq!(ending(&end(&live).await).0, Ending::Departed);
+}
+
 #[tokio::test]
 async fn an_agent_that_ends_takes_its_migrations_back() {
     for (point, side) in [("read", 'a'), ("create", 'b'), ("pages", 'a')] {
