@@ -14,8 +14,10 @@
 //! ```
 #![forbid(unsafe_code)]
 
+pub mod api;
 pub mod cgroups;
 pub mod daemon;
+pub mod events;
 pub mod images;
 pub mod inside;
 pub mod leftovers;
@@ -23,10 +25,13 @@ mod locate;
 mod network;
 mod node;
 mod rlimits;
+pub mod stdio;
 mod wait;
+mod world;
 
 pub use leftovers::Things;
 pub use locate::{bin_dir, target_dir};
 pub use network::Switch;
 pub use node::{Done, Node, Spawned};
 pub use wait::{PATIENCE, eventually, until};
+pub use world::{World, refusal};

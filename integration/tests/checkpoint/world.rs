@@ -1,0 +1,108 @@
+//! A container that is checkpointed, ended and brought back.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, ensure};
+use containerd_shim_protos::shim::oci::CheckpointOptions;
+use transship_integration::{Node, daemon::Runtime, eventually, images::Image, until};
+
+use crate::api::Api;
+
+pub struct World {
+    pub node: Node,
+    pub api: Api,
+}
+
+impl World {
+    pub fn start(name: &str) -> Result<Self> {
+        let node = Node::start(name)?;
+        let api = Api::of(&node)?;
+        Ok(Self { node, api })
+    }
+
+    /// Starts `program` of `image` under our shim with more of `ctr run`'s
+    /// flags.
+    pub fn run(&self, image: Image, id: &str, flags: &[&str], program: &[&str]) -> Result<()> {
+        let reference = self.node.image(image)?;
+        let mut arguments = vec!["run", "-d", "--runtime", Runtime::Transship.name()];
+        arguments.extend(flags);
+        arguments.extend([reference, id]);
+        arguments.extend(program);
+        self.node.ctr_ok(&arguments)?;
+        Ok(())
+    }
+
+    /// A shell script that counts in /tmp/count after what `prelude` does.
+    pub fn run_counter(&self, id: &str, flags: &[&str], prelude: &str) -> Result<()> {
+        let script = format!(
+            "{prelude}\ni=0; while true; do i=$((i+1)); echo $i > /tmp/count; sleep 0.05; done"
+        );
+        self.run(Image::Busybox, id, flags, &["sh", "-c", &script])?;
+        self.count_beyond(id, 2).map(drop)
+    }
+
+    /// A file as the container's first process sees it.
+    pub fn read(&self, id: &str, path: &str) -> Result<String> {
+        let pid = self.node.task_pid(id)?;
+        self.node.sh(&format!("cat /proc/{pid}/root{path}"))
+    }
+
+    pub fn count(&self, id: &str) -> Result<u64> {
+        until("a count", || Ok(self.read(id, "/tmp/count")?.trim().parse().ok()))
+    }
+
+    pub fn count_beyond(&self, id: &str, start: u64) -> Result<u64> {
+        until(&format!("{id} to count beyond {start}"), || {
+            let count = self.read(id, "/tmp/count").unwrap_or_default();
+            Ok(count.trim().parse().ok().filter(|count| *count > start))
+        })
+    }
+
+    pub fn status(&self, id: &str) -> Result<String> {
+        self.node.task_status(id)?.with_context(|| format!("{id} has no task"))
+    }
+
+    pub fn images_of(&self, id: &str) -> PathBuf {
+        self.node.dir().join("images").join(id)
+    }
+
+    pub fn options(&self, id: &str) -> CheckpointOptions {
+        CheckpointOptions {
+            exit: true,
+            image_path: self.images_of(id).display().to_string(),
+            ..Default::default()
+        }
+    }
+
+    /// Checkpoints it with its end, and deletes the task.
+    pub fn checkpoint(&self, id: &str, options: &CheckpointOptions) -> Result<()> {
+        self.api.checkpoint(id, options)?;
+        eventually(&format!("{id} to stop"), || Ok(self.status(id)? == "STOPPED"))?;
+        self.api.delete(id)
+    }
+
+    /// Brings it back; answers the pid.
+    pub fn restore(&self, id: &str) -> Result<u32> {
+        let before = self.api.create_from(id, &self.images_of(id), None, false)?;
+        ensure!(before == 0, "a restoring task has pid 0 before Start, not {before}");
+        ensure!(self.status(id)? == "CREATED", "it is {}", self.status(id)?);
+        let pid = self.api.start(id)?;
+        ensure!(self.status(id)? == "RUNNING", "it is {}", self.status(id)?);
+        ensure!(pid > 0 && self.node.task_pid(id)? == pid, "the pid is not {pid}");
+        Ok(pid)
+    }
+
+    /// Ends the container and removes it, so that nothing is left.
+    pub fn remove(&self, id: &str) -> Result<()> {
+        self.node.ctr_ok(&["task", "kill", "-s", "KILL", id])?;
+        eventually(&format!("{id} to stop"), || Ok(self.status(id)? == "STOPPED"))?;
+        self.api.delete(id)?;
+        self.node.ctr_ok(&["container", "rm", id])?;
+        Ok(())
+    }
+
+    /// What `script` prints inside the container.
+    pub fn inside(&self, id: &str, script: &str) -> Result<String> {
+        self.node.exec_in(id, &["sh", "-c", script])?.ok()
+    }
+}
