@@ -95,8 +95,8 @@ impl Target for Landing<'_> {
         let mut command = self.revival.command(&images, &work).map_err(started)?;
         command.arg(self.revival.id());
         let context = self.revival.context.clone();
-        self.held = Some(Held::start(&context.oci, command, work.join("restore.log")).await?);
-        Ok(())
+        let held = Held::start(&context.oci, command, work.join("restore.log")).await?;
+        self.held.insert(held).lock_network_quickly().await
     }
 
     async fn restore(&mut self) -> std::result::Result<(), MigrationError> {

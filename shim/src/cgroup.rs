@@ -60,12 +60,14 @@ impl Cgroup {
             let mut fields = line.splitn(3, ':').skip(1);
             let (Some(controllers), Some(path)) = (fields.next(), fields.next()) else { continue };
             if controllers.is_empty() {
-                v2 = mounts.iter().find(|m| m.unified).and_then(|m| m.directory(path));
+                v2 = mounts.iter().rev().filter(|m| m.unified).find_map(|m| m.directory(path));
                 continue;
             }
             for controller in controllers.split(',') {
-                let mounted = mounts.iter().find(|m| !m.unified && m.has(controller));
-                if let Some(directory) = mounted.and_then(|m| m.directory(path)) {
+                // The last one first: it may cover others, of another cgroup
+                // namespace, in which `path` does not lie.
+                let mut mounted = mounts.iter().rev().filter(|m| !m.unified && m.has(controller));
+                if let Some(directory) = mounted.find_map(|m| m.directory(path)) {
                     let name = controller.strip_prefix("name=").unwrap_or(controller);
                     v1.insert(name.to_owned(), directory);
                 }
@@ -104,6 +106,11 @@ impl Cgroup {
         let pids = libcgroups::common::get_all_pids(directory)
             .map_err(Error::other(format!("list the processes in {}", directory.display())))?;
         Ok(pids.into_iter().filter_map(|pid| u32::try_from(pid.as_raw()).ok()).collect())
+    }
+
+    /// Whether the group is still there; the runtime removes an empty one.
+    pub fn exists(&self) -> bool {
+        self.directory("freezer").is_some_and(Path::exists)
     }
 
     /// Bytes charged to the group now.
@@ -284,6 +291,18 @@ mod tests {
         assert_eq!(found["memory"], Path::new("/sys/fs/cgroup/memory/default/c"));
         assert_eq!(found["cpuacct"], Path::new("/sys/fs/cgroup/cpu,cpuacct/default/c"));
         assert_eq!(found.len(), 3);
+    }
+
+    #[test]
+    fn a_mount_that_covers_another_wins() {
+        let mounts = "\
+40 30 0:28 /.. /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory
+41 40 0:28 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory
+";
+        let Some(Cgroup::V1(found)) = Cgroup::find("4:memory:/default/x\n", mounts) else {
+            panic!("v1 wanted")
+        };
+        assert_eq!(found["memory"], Path::new("/sys/fs/cgroup/memory/default/x"));
     }
 
     #[test]

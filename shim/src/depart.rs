@@ -59,15 +59,23 @@ impl Leaving {
         let cgroup = self.occupation.cgroup().map_err(step("depart"))?;
         let deadline = Instant::now() + END;
         loop {
-            let pids = cgroup.pids().map_err(step("depart"))?;
+            let pids = match cgroup.pids() {
+                Ok(pids) => pids,
+                // Everybody has gone, and so has the group.
+                Err(_) if !cgroup.exists() => return Ok(()),
+                Err(error) => return Err(step("depart")(error)),
+            };
             for pid in &pids {
                 // Gone already is what we want.
                 let _ = signal::kill(Pid::from_raw(*pid as i32), Signal::SIGKILL);
             }
             // Frozen processes of a v1 hierarchy die only once thawed; the
             // signal is there first, so none of them runs an instruction.
-            if self.guarded {
-                freezing(cgroup, false).await.map_err(step("depart"))?;
+            if self.guarded
+                && let Err(error) = freezing(cgroup, false).await
+                && cgroup.exists()
+            {
+                return Err(step("depart")(error));
             }
             if pids.is_empty() {
                 return Ok(());
@@ -123,6 +131,7 @@ impl Source for Leaving {
         // What is open stays open: connections by TCP repair, locks by CRIU.
         command.args(["--tcp-established", "--file-locks"]).arg(context.id());
         let mut held = Held::start(&context.oci, command, work.join("dump.log")).await?;
+        held.lock_network_quickly().await?;
         held.conversation()?.amend(|request| {
             crate::checkpoint::amend(request);
             // CRIU polls the freezer in steps of 100 ms; ptrace alone stops

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use tokio::{process::Command, time::timeout};
+use tokio::{process::Command, sync::OnceCell, time::timeout};
 
 use crate::{CriuError, stub};
 
@@ -101,6 +101,25 @@ pub async fn probe() -> Result<Installed, CriuError> {
             CriuError::Probe(format!("{} does not tell its version: {said}", path.display()))
         })?;
     Ok(Installed { path, version })
+}
+
+/// Whether CRIU can keep packets away with nftables, by its own library. The
+/// default starts `iptables-restore` several times within the pause. Asked
+/// once per process: it depends on CRIU's build and on the kernel.
+pub async fn locks_network_with_nftables() -> bool {
+    static ANSWER: OnceCell<bool> = OnceCell::const_new();
+    let ask = async {
+        let Some(path) = find_criu() else { return false };
+        let check = Command::new(path)
+            .args(["check", "--feature", "network_lock_nftables"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .kill_on_drop(true)
+            .status();
+        matches!(timeout(VERSION_DEADLINE, check).await, Ok(Ok(status)) if status.success())
+    };
+    *ANSWER.get_or_init(|| ask).await
 }
 
 #[cfg(test)]
