@@ -3,8 +3,15 @@
 //! No daemon can say at a restore what the checkpoint was made with, so that
 //! was left beside the images and is put into CRIU's request here.
 
-use std::{fs, path::Path, sync::Arc};
+use std::{
+    fs,
+    io::{self, PipeReader, PipeWriter},
+    path::Path,
+    process::Stdio,
+    sync::Arc,
+};
 
+use tokio::{net::unix::pipe, process::Command};
 use tracing::warn;
 use transship_criu::{Remembered, log};
 use transship_migration::chain;
@@ -26,6 +33,7 @@ pub async fn restore(revival: &mut Revival, images: &Path) -> Result<i32> {
         .map_err(Error::other(format!("restore container {}", context.id())))?;
     let fresh_network = netns::is_made_by_runtime(&context.spec()?);
     let mut command = revival.command(images, &work)?;
+    stand_in(&mut command, revival, &external_descriptors(images)?)?;
     command.arg(revival.id());
 
     let path = work.join("restore.log");
@@ -55,6 +63,49 @@ pub async fn restore(revival: &mut Revival, images: &Path) -> Result<i32> {
     let pid = revival.pid()?;
     thaw(pid);
     Ok(pid)
+}
+
+/// What runc and crun write beside the images: where the first process's
+/// descriptors 0, 1 and 2 led, such as `pipe:[123]` or `/dev/null`.
+pub const DESCRIPTORS: &str = "descriptors.json";
+
+fn external_descriptors(images: &Path) -> Result<Vec<String>> {
+    let path = images.join(DESCRIPTORS);
+    let text = fs::read(&path).map_err(Error::io(format!("read {}", path.display())))?;
+    serde_json::from_slice(&text)
+        .map_err(Error::other(format!("{} is no list of descriptors", path.display())))
+}
+
+/// Gives a pipe wherever the container had one and this task has nothing.
+///
+/// The runtime gives CRIU its own stdio for the container's pipes. Where the
+/// client wants no stdio that is the host's `/dev/null`: a file that no mount
+/// of the container leads to, with which it could never be dumped again.
+pub fn stand_in(command: &mut Command, revival: &Revival, descriptors: &[String]) -> Result<()> {
+    for (number, led) in descriptors.iter().enumerate().take(3) {
+        if revival.stdio.feeds(number) || !led.starts_with("pipe:") {
+            continue;
+        }
+        let (read, write) = io::pipe().map_err(Error::io("make a pipe for the container"))?;
+        match number {
+            // Nobody will write: the end of input, as from /dev/null.
+            0 => command.stdin(read),
+            1 => command.stdout(discarded(read, write)?),
+            _ => command.stderr(discarded(read, write)?),
+        };
+    }
+    Ok(())
+}
+
+/// The end for the container; what it writes there is read and forgotten.
+fn discarded(read: PipeReader, write: PipeWriter) -> Result<Stdio> {
+    let mut read = pipe::Receiver::from_owned_fd(read.into())
+        .map_err(Error::io("watch a pipe of the container"))?;
+    // Ends with the last process that holds the other end.
+    tokio::spawn(async move {
+        let _ = tokio::io::copy(&mut read, &mut tokio::io::sink()).await;
+    });
+    Ok(write.into())
 }
 
 /// A restore under way. Dropped (the container was killed meanwhile) it still

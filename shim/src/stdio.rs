@@ -128,6 +128,17 @@ impl Prepared {
         Ok(())
     }
 
+    /// Whether the process gets something as descriptor `number`; nothing
+    /// means `/dev/null`.
+    pub fn feeds(&self, number: usize) -> bool {
+        match &self.kind {
+            Wiring::Terminal { .. } => true,
+            Wiring::Pipes { stdin, stdout, stderr } => {
+                [stdin, stdout, stderr].get(number).is_some_and(|pipe| pipe.is_some())
+            }
+        }
+    }
+
     /// Begins to copy, once the runtime has succeeded. Lets go of the
     /// container's ends, so that its exit is seen as the end of its output.
     pub async fn connect(self) -> Result<Live> {

@@ -19,6 +19,10 @@ use crate::{
     stdio::Live,
 };
 
+/// Exit status of a container that could not be restored: the one containerd
+/// gives to a process whose end nobody saw.
+const NOT_RESTORED: u32 = 255;
+
 impl Owner {
     pub(super) fn start(&mut self, reply: Reply<u32>) {
         match self.state {
@@ -104,9 +108,13 @@ impl Owner {
                 }
                 Err(error) => {
                     warn!(error = error.sentence(), "not restored");
-                    if matches!(error, Error::Cancelled(_)) {
-                        owner.held.get_or_insert(Exit::now(128 + libc::SIGKILL as u32));
-                    }
+                    // There is no way back to a container that waits: what it
+                    // was made of may be half used up. So it has ended.
+                    let status = match error {
+                        Error::Cancelled(_) => 128 + libc::SIGKILL as u32,
+                        _ => NOT_RESTORED,
+                    };
+                    owner.held.get_or_insert(Exit::now(status));
                     answer(reply, Err(error));
                 }
             }
