@@ -3,11 +3,10 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use containerd_client::{
     services::v1::{
-        CheckpointTaskRequest, CreateTaskRequest, DeleteTaskRequest, ResizePtyRequest,
-        StartRequest, WaitRequest,
+        CheckpointTaskRequest, CreateTaskRequest, ResizePtyRequest, StartRequest, WaitRequest,
         snapshots::{MountsRequest, snapshots_client::SnapshotsClient},
         tasks_client::TasksClient,
     },
@@ -58,20 +57,33 @@ impl Api {
         Ok(())
     }
 
-    /// A task for the container, out of the images in `images`; answers its
-    /// pid before Start, which must be 0.
-    pub fn create_from(
+    /// A task for the container, out of `images` if there are any; answers
+    /// its pid before Start, which must be 0 then.
+    pub fn create(
         &self,
         id: &str,
-        images: &Path,
+        images: Option<&Path>,
         output: Option<&Path>,
         terminal: bool,
+    ) -> Result<u32> {
+        self.create_with(id, images, output, terminal, "")
+    }
+
+    /// The same under the OCI runtime `binary`.
+    pub fn create_with(
+        &self,
+        id: &str,
+        images: Option<&Path>,
+        output: Option<&Path>,
+        terminal: bool,
+        binary: &str,
     ) -> Result<u32> {
         let mut snapshots = SnapshotsClient::new(self.channel.clone());
         let key = MountsRequest { snapshotter: "overlayfs".into(), key: id.into() };
         let rootfs = self.runtime.block_on(snapshots.mounts(ours(key)))?.into_inner().mounts;
         let options = Options {
-            criu_image_path: images.to_str().context("an odd path")?.into(),
+            binary_name: binary.into(),
+            criu_image_path: images.map(|path| path.display().to_string()).unwrap_or_default(),
             ..Default::default()
         };
         let request = CreateTaskRequest {
@@ -99,12 +111,6 @@ impl Api {
     pub fn wait(&self, id: &str) -> Result<u32> {
         let request = WaitRequest { container_id: id.into(), ..Default::default() };
         Ok(self.runtime.block_on(self.tasks().wait(ours(request)))?.into_inner().exit_status)
-    }
-
-    pub fn delete(&self, id: &str) -> Result<()> {
-        let request = DeleteTaskRequest { container_id: id.into() };
-        self.runtime.block_on(self.tasks().delete(ours(request)))?;
-        Ok(())
     }
 
     pub fn resize(&self, id: &str, width: u32, height: u32) -> Result<()> {

@@ -56,7 +56,6 @@ fn a_process_put_in_by_exec_is_named() -> Result<()> {
 fn a_restore_that_fails_leaves_a_stopped_task_and_no_mount() -> Result<()> {
     let world = World::start("broken")?;
     let id = "broken";
-    let before = world.node.everything()?;
     world.run_counter(id, &[], "")?;
     world.checkpoint(id, &world.options(id))?;
     let pages = fs::read_dir(world.images_of(id))?
@@ -64,13 +63,13 @@ fn a_restore_that_fails_leaves_a_stopped_task_and_no_mount() -> Result<()> {
         .find(|path| path.file_name().is_some_and(|n| n.to_string_lossy().starts_with("mm-")));
     fs::write(pages.expect("an image of the memory map"), b"broken")?;
 
-    world.api.create_from(id, &world.images_of(id), None, false)?;
+    world.api.create(id, Some(&world.images_of(id)), None, false)?;
     let error = format!("{:#}", world.api.start(id).unwrap_err());
     ensure!(error.contains("Error (") && error.contains("restore.log"), "{error}");
     ensure!(world.status(id)? == "STOPPED", "it is {}", world.status(id)?);
     let mounts = world.node.sh("cat /proc/self/mountinfo")?;
     ensure!(!mounts.contains("criu-root"), "{mounts}");
-    world.api.delete(id)?;
+    world.delete_task(id)?;
     world.node.ctr_ok(&["container", "rm", id])?;
-    world.node.nothing_left(&before)
+    world.nothing_left()
 }

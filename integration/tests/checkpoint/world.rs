@@ -4,27 +4,33 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use containerd_shim_protos::shim::oci::CheckpointOptions;
-use transship_integration::{Node, daemon::Runtime, eventually, images::Image, until};
+use transship_integration::{Node, Things, daemon::Runtime, eventually, images::Image, until};
 
 use crate::api::Api;
 
 pub struct World {
     pub node: Node,
     pub api: Api,
+    before: Things,
 }
 
 impl World {
     pub fn start(name: &str) -> Result<Self> {
         let node = Node::start(name)?;
         let api = Api::of(&node)?;
-        Ok(Self { node, api })
+        for image in [Image::Busybox, Image::Python] {
+            node.image(image)?;
+        }
+        let before = node.everything()?;
+        Ok(Self { node, api, before })
     }
 
-    /// Starts `program` of `image` under our shim with more of `ctr run`'s
+    /// Starts `program` of `image` under our shim, by the name at which
+    /// containerd looks into checkpoint options, with more of `ctr run`'s
     /// flags.
     pub fn run(&self, image: Image, id: &str, flags: &[&str], program: &[&str]) -> Result<()> {
         let reference = self.node.image(image)?;
-        let mut arguments = vec!["run", "-d", "--runtime", Runtime::Transship.name()];
+        let mut arguments = vec!["run", "-d", "--runtime", Runtime::TransshipAsRunc.name()];
         arguments.extend(flags);
         arguments.extend([reference, id]);
         arguments.extend(program);
@@ -78,12 +84,25 @@ impl World {
     pub fn checkpoint(&self, id: &str, options: &CheckpointOptions) -> Result<()> {
         self.api.checkpoint(id, options)?;
         eventually(&format!("{id} to stop"), || Ok(self.status(id)? == "STOPPED"))?;
-        self.api.delete(id)
+        self.delete_task(id)
+    }
+
+    /// By `ctr`, which removes its fifos, too; it exits as the task did.
+    pub fn delete_task(&self, id: &str) -> Result<()> {
+        let done = self.node.ctr(&["task", "rm", id])?;
+        let left = self.node.task_status(id)?;
+        ensure!(left.is_none(), "{id} is still {left:?}: {}", done.stderr);
+        Ok(())
     }
 
     /// Brings it back; answers the pid.
     pub fn restore(&self, id: &str) -> Result<u32> {
-        let before = self.api.create_from(id, &self.images_of(id), None, false)?;
+        self.restore_with(id, "")
+    }
+
+    /// With another OCI runtime than runc.
+    pub fn restore_with(&self, id: &str, binary: &str) -> Result<u32> {
+        let before = self.api.create_with(id, Some(&self.images_of(id)), None, false, binary)?;
         ensure!(before == 0, "a restoring task has pid 0 before Start, not {before}");
         ensure!(self.status(id)? == "CREATED", "it is {}", self.status(id)?);
         let pid = self.api.start(id)?;
@@ -92,13 +111,18 @@ impl World {
         Ok(pid)
     }
 
-    /// Ends the container and removes it, so that nothing is left.
+    /// Ends the container and removes it.
     pub fn remove(&self, id: &str) -> Result<()> {
         self.node.ctr_ok(&["task", "kill", "-s", "KILL", id])?;
         eventually(&format!("{id} to stop"), || Ok(self.status(id)? == "STOPPED"))?;
-        self.api.delete(id)?;
+        self.delete_task(id)?;
         self.node.ctr_ok(&["container", "rm", id])?;
         Ok(())
+    }
+
+    /// Nothing is left of what the test has made.
+    pub fn nothing_left(&self) -> Result<()> {
+        self.node.nothing_left(&self.before)
     }
 
     /// What `script` prints inside the container.
