@@ -4,7 +4,7 @@ use std::{fs, path::Path};
 
 use anyhow::{Result, ensure};
 use containerd_shim_protos::shim::oci::CheckpointOptions;
-use transship_integration::{daemon::Runtime, eventually, images::Image, until};
+use transship_integration::{eventually, images::Image, until};
 
 use crate::world::World;
 
@@ -202,9 +202,7 @@ fn a_terminal() -> Result<()> {
     let id = "tty";
     let log = world.node.dir().join("first.log");
     let script = "i=0; while true; do i=$((i+1)); echo count $i; sleep 0.05; done";
-    let create = ["container", "create", "-t", "--runtime", Runtime::Transship.name()];
-    let image = world.node.image(Image::Busybox)?;
-    world.node.ctr_ok(&[&create[..], &[image, id, "sh", "-c", script]].concat())?;
+    world.create(id, &["-t"], script)?;
     world.api.create(id, None, Some(&log), true)?;
     world.api.start(id)?;
     eventually("output on the terminal", || {
@@ -267,7 +265,11 @@ fn with_crun() -> Result<()> {
     let id = "crun";
     // crun takes no host with both kinds of cgroups.
     world.node.sh("umount /sys/fs/cgroup/unified || true")?;
-    world.run_counter(id, &["--runc-binary", "/usr/bin/crun"], "")?;
+    let script = "i=0; while true; do i=$((i+1)); echo $i > /tmp/count; sleep 0.05; done";
+    world.create(id, &[], script)?;
+    world.api.create_with(id, None, None, false, "/usr/bin/crun")?;
+    world.api.start(id)?;
+    world.count_beyond(id, 2)?;
     let options = CheckpointOptions { exit: false, ..world.options(id) };
     world.api.checkpoint(id, &options)?;
     ensure!(world.status(id)? == "RUNNING");
@@ -279,8 +281,7 @@ fn with_crun() -> Result<()> {
     world.restore_with(id, "/usr/bin/crun")?;
     world.count_beyond(id, count)?;
     ensure!(world.inside(id, "echo hello")? == "hello\n");
-    world.remove(id)?;
-    world.nothing_left()
+    world.remove(id)
 }
 
 #[test]

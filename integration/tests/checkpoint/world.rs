@@ -38,6 +38,14 @@ impl World {
         Ok(())
     }
 
+    /// A container for a shell script, without a task.
+    pub fn create(&self, id: &str, flags: &[&str], script: &str) -> Result<()> {
+        let image = self.node.image(Image::Busybox)?;
+        let create = ["container", "create", "--runtime", Runtime::TransshipAsRunc.name()];
+        self.node.ctr_ok(&[&create[..], flags, &[image, id, "sh", "-c", script]].concat())?;
+        Ok(())
+    }
+
     /// A shell script that counts in /tmp/count after what `prelude` does.
     pub fn run_counter(&self, id: &str, flags: &[&str], prelude: &str) -> Result<()> {
         let script = format!(
