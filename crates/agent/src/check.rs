@@ -101,9 +101,8 @@ async fn there(node: &Node, peer: &str) -> Vec<CheckResult> {
 
 async fn probe(node: &Node, peer: &str) -> Step<(String, Vec<Refusal>)> {
     let to = node.find(peer)?;
-    let mut channel = connect_agent(&node.trust, &to.address, &to.name).await?;
-    talk::send(&mut channel, Message::Probe(Probe {})).await?;
-    match talk::receive_within(&mut channel, ANSWER).await? {
+    let channel = connect_agent(&node.trust, &to.address, &to.name).await?;
+    match talk::ask(channel, Message::Probe(Probe {}), ANSWER).await? {
         Message::ProbeResult(result) => {
             let there = result.host.unwrap_or_default();
             let mut refusals: Vec<_> = result.refusals.into_iter().map(from_session).collect();

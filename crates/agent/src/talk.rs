@@ -35,6 +35,15 @@ pub async fn receive_within(channel: &mut Channel, limit: Duration) -> Step<Mess
     }
 }
 
+/// One question on a connection of its own.
+pub async fn ask(mut channel: Channel, question: Message, limit: Duration) -> Step<Message> {
+    send(&mut channel, question).await?;
+    let answer = receive_within(&mut channel, limit).await?;
+    // So that the peer sees an end and not a cut; the answer is here anyway.
+    let _ = channel.writer.close().await;
+    Ok(answer)
+}
+
 /// A message that has no place here.
 pub fn out_of_place(peer: &impl std::fmt::Display, message: &Message) -> Failure {
     let name = match message {

@@ -17,11 +17,14 @@ use crate::{
     book::{Ending, Record, Role},
     failure::{Failure, Step, chain},
     node::{Destination, Node},
+    shim::ShimError,
     talk,
 };
 
 /// Between two questions: short for a person who waits, long for a network.
 const AGAIN: Duration = Duration::from_secs(2);
+/// How often a shim is told before it is left alone.
+const TELL: u32 = 3;
 const ANSWER: Duration = Duration::from_secs(10);
 
 /// What became of the container, from the target's mouth.
@@ -79,17 +82,33 @@ impl Source {
         };
         self.took("in doubt", clock);
         let runs_there = matches!(proof, Proof::Runs(_));
-        let settled = self.node.shims.settle(&self.key, self.entry.migration(), runs_there).await;
-        if let Err(error) = &settled {
-            // A shim that is gone has nothing left to settle.
-            tracing::warn!(error = chain(error), runs_there, "the shim did not settle");
-        }
+        self.tell_shim(runs_there).await;
         match proof {
             Proof::Runs(arrived) => {
                 let report = self.bare_report(&arrived);
                 self.moved(report).await;
             }
             Proof::Never(failure) => self.stayed_home(failure, Left::Discarded).await,
+        }
+    }
+
+    /// The shim may need a moment before it takes the proof it asked for; one
+    /// that is gone has nothing left to settle.
+    async fn tell_shim(&self, runs_there: bool) {
+        for _ in 0..TELL {
+            let shims = &self.node.shims;
+            match shims.settle(&self.key, self.entry.migration(), runs_there).await {
+                Ok(ending) => {
+                    tracing::info!(ending, "settled");
+                    return;
+                }
+                Err(error @ ShimError::Unreachable { .. }) => {
+                    tracing::warn!(error = chain(&error), "the shim is gone");
+                    return;
+                }
+                Err(error) => tracing::warn!(error = chain(&error), "the shim did not settle"),
+            }
+            time::sleep(AGAIN).await;
         }
     }
 
@@ -128,10 +147,9 @@ impl Source {
 
     async fn ask(&self) -> Step<Option<Proof>> {
         let Destination { name, address } = &self.to;
-        let mut channel = connect_agent(&self.node.trust, address, name).await?;
+        let channel = connect_agent(&self.node.trust, address, name).await?;
         let inquiry = Inquiry { migration: self.entry.migration().to_string() };
-        talk::send(&mut channel, Message::Inquiry(inquiry)).await?;
-        match talk::receive_within(&mut channel, ANSWER).await? {
+        match talk::ask(channel, Message::Inquiry(inquiry), ANSWER).await? {
             Message::Standing(standing) => Ok(match standing.state.as_str() {
                 "arrived" => Some(Proof::Runs(Arrived { pid: 0, state: "RUNNING".into() })),
                 "discarded" => Some(Proof::Never(Failure::new(
