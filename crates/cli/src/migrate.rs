@@ -115,11 +115,16 @@ impl Migrate {
     }
 }
 
+/// `timeout` and shells signal a program and its group, so that one wish may
+/// come twice; people need longer for a second one.
+const ONE_WISH: Duration = Duration::from_millis(400);
+
 /// Reasons to stop: a signal, or the clock.
 struct Wishes {
     interrupt: Signal,
     terminate: Signal,
     deadline: Option<Instant>,
+    last: Option<Instant>,
     made: u32,
 }
 
@@ -129,29 +134,48 @@ impl Wishes {
             interrupt: signal(SignalKind::interrupt())?,
             terminate: signal(SignalKind::terminate())?,
             deadline: timeout.map(|s| Instant::now() + Duration::from_secs(s)),
+            last: None,
             made: 0,
         })
     }
 
     async fn next(&mut self) -> &'static str {
-        let clock = async {
-            match self.deadline {
+        let deadline = self.deadline;
+        let clock = async move {
+            match deadline {
                 Some(deadline) => sleep_until(deadline).await,
                 None => pending().await,
             }
         };
-        let wish = tokio::select! {
-            _ = self.interrupt.recv() => "cancelling; waiting for the outcome",
-            _ = self.terminate.recv() => "cancelling; waiting for the outcome",
+        tokio::select! {
+            () = self.signalled() => {}
             () = clock => {
                 self.deadline = None;
                 // The clock alone never stops the waiting.
-                self.made = 0;
-                "the time is up; cancelling"
+                self.made = 1;
+                return "the time is up; cancelling";
             }
-        };
+        }
         self.made += 1;
-        wish
+        match self.made {
+            1 => "cancelling; waiting for the outcome (again: do not wait)",
+            _ => "not waiting",
+        }
+    }
+
+    async fn signalled(&mut self) {
+        loop {
+            tokio::select! {
+                _ = self.interrupt.recv() => {}
+                _ = self.terminate.recv() => {}
+            }
+            let now = Instant::now();
+            let echo = self.last.is_some_and(|last| now - last < ONE_WISH);
+            self.last = Some(now);
+            if !echo {
+                return;
+            }
+        }
     }
 }
 
