@@ -7,7 +7,7 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
     time,
 };
-use transship_link::{Route, accept, route};
+use transship_link::{Route, accept, route, turn_away};
 
 use crate::{failure::chain, node::Node, target};
 
@@ -52,7 +52,10 @@ async fn admit(node: Arc<Node>, stream: TcpStream, permit: OwnedSemaphorePermit)
             Err(error) => Err(error),
         },
         Ok(Route::Ticket(ticket)) => node.arrivals.hand_over(&ticket, stream).await,
-        Err(error) => Err(error),
+        Err(error) => {
+            turn_away(stream).await;
+            Err(error)
+        }
     };
     drop(permit);
     if let Err(error) = done {

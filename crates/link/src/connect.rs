@@ -144,6 +144,18 @@ async fn greet(trust: &Trust, mut channel: Channel) -> Result<Channel, LinkError
     Ok(channel)
 }
 
+/// A fatal `unrecognized_name` alert in a TLS record (RFC 8446, 6 and 5.1).
+const NOT_SERVED_HERE: [u8; 7] = [21, 3, 3, 0, 2, 2, 112];
+
+/// Turns a connection away whose name is not served here, in a way that the
+/// peer can tell from a broken network.
+pub async fn turn_away(mut stream: TcpStream) {
+    // A peer that does not take seven bytes needs no reason.
+    if let Ok(Ok(())) = time::timeout(LINGER, stream.write_all(&NOT_SERVED_HERE)).await {
+        let_it_read(stream).await;
+    }
+}
+
 /// Closing a socket with unread bytes in it sends a reset, which would
 /// destroy the alert that tells the peer why. So read a little first.
 async fn let_it_read(mut stream: TcpStream) {

@@ -130,6 +130,9 @@ impl LinkError {
                     | Alert::DecryptError,
                 ),
             ) => LinkError::NotTrustedByPeer { peer, source },
+            Some(rustls::Error::AlertReceived(Alert::UnrecognisedName)) => {
+                LinkError::Name { peer, why: "was expected, and another node answers there".into() }
+            }
             Some(
                 other @ (rustls::Error::InvalidMessage(_)
                 | rustls::Error::PeerIncompatible(_)

@@ -22,7 +22,7 @@ mod sys;
 mod trust;
 
 pub use channel::{BoxRead, BoxWrite, Channel};
-pub use connect::{accept, connect_agent, connect_ticket};
+pub use connect::{accept, connect_agent, connect_ticket, turn_away};
 pub use error::LinkError;
 pub use route::{Route, route};
 pub use trust::{Credentials, Trust};

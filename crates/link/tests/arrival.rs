@@ -15,7 +15,7 @@ use tokio::{
 use transship_link::{
     LinkError, Route,
     arrivals::{Arrivals, wait_at},
-    connect_agent, connect_ticket, route,
+    connect_agent, connect_ticket, route, turn_away,
 };
 use transship_types::{Code, Ticket};
 
@@ -128,8 +128,9 @@ async fn a_name_that_is_not_served_here_is_refused() {
     let (stream, _) = listener.accept().await.unwrap();
     let error = route(&stream, &node("b")).await.unwrap_err();
     assert_eq!(error.code(), Code::Protocol, "{error}");
-    drop(stream);
-    assert!(call.await.unwrap().is_err());
+    turn_away(stream).await;
+    let error = call.await.unwrap().unwrap_err();
+    assert!(matches!(error, LinkError::Name { .. }), "{error:?}");
 }
 
 #[tokio::test]
