@@ -48,7 +48,10 @@ pub async fn checkpoint(dump: &Dump, occupation: &Occupation) -> Result<()> {
     command.arg(context.id());
 
     let path = dump.work.join("dump.log");
-    let failed = |error: &dyn std::error::Error| explain(context.id(), error, &path);
+    let failed = |error: &dyn std::error::Error| {
+        let outcome = format!("container {} was not checkpointed and goes on", context.id());
+        explain("checkpoint", outcome, error, &path)
+    };
     let mut held =
         Held::start(&context.oci, command, path.clone()).await.map_err(|e| failed(&e))?;
     let conversation = held.conversation().map_err(|e| failed(&e))?;
@@ -143,9 +146,15 @@ fn make_private(dir: &Path) -> Result<()> {
         .map_err(Error::io(format!("make {}", dir.display())))
 }
 
-/// Why CRIU failed, by the lines of its log, and where the rest of it is.
-fn explain(id: &str, error: &dyn std::error::Error, path: &Path) -> Error {
-    let mut said = format!("container {id} was not checkpointed and goes on: {}", chain(error));
+/// What has come of it and why, by the lines of CRIU's log, and where the
+/// rest of that is.
+pub fn explain(
+    action: &'static str,
+    outcome: String,
+    error: &dyn std::error::Error,
+    path: &Path,
+) -> Error {
+    let mut said = format!("{outcome}: {}", chain(error));
     if let Some(lines) = log::explain(path) {
         if !said.contains(&lines) {
             said.push_str(": ");
@@ -153,7 +162,7 @@ fn explain(id: &str, error: &dyn std::error::Error, path: &Path) -> Error {
         }
         said.push_str(&format!(" (whole log: {})", path.display()));
     }
-    Error::Runtime { action: "checkpoint", said }
+    Error::Runtime { action, said }
 }
 
 #[cfg(test)]

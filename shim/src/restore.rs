@@ -13,11 +13,12 @@ use std::{
 
 use tokio::{net::unix::pipe, process::Command};
 use tracing::warn;
-use transship_criu::{Remembered, log};
+use transship_criu::Remembered;
 use transship_migration::chain;
 
 use crate::{
     cgroup::Cgroup,
+    checkpoint::explain,
     container::{Context, Revival},
     error::{Error, Result},
     held::Held,
@@ -37,7 +38,10 @@ pub async fn restore(revival: &mut Revival, images: &Path) -> Result<i32> {
     command.arg(revival.id());
 
     let path = work.join("restore.log");
-    let failed = |error: &dyn std::error::Error| explain(context.id(), error, &path);
+    let failed = |error: &dyn std::error::Error| {
+        let outcome = format!("container {} was not restored", context.id());
+        explain("restore", outcome, error, &path)
+    };
     let started = Held::start(&context.oci, command, path.clone()).await;
     let mut restoring = Restoring { context: context.clone(), held: None };
     let held = restoring.held.insert(started.map_err(|e| failed(&e))?);
@@ -158,17 +162,4 @@ fn thaw(pid: i32) {
     if let Err(error) = thawed {
         warn!(pid, error = error.sentence(), "it may stand still in its freezer");
     }
-}
-
-/// Why CRIU failed, by the lines of its log, and where the rest of it is.
-fn explain(id: &str, error: &dyn std::error::Error, path: &Path) -> Error {
-    let mut said = format!("container {id} was not restored: {}", chain(error));
-    if let Some(lines) = log::explain(path) {
-        if !said.contains(&lines) {
-            said.push_str(": ");
-            said.push_str(&lines);
-        }
-        said.push_str(&format!(" (whole log: {})", path.display()));
-    }
-    Error::Runtime { action: "restore", said }
 }

@@ -1,11 +1,11 @@
 //! Dumps and restores that cannot work: a clear reason, and nothing harmed.
 
-use std::fs;
+use std::{fs, thread};
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, anyhow, ensure};
 use transship_integration::{eventually, images::Image};
 
-use crate::world::World;
+use crate::{api::Api, world::World};
 
 #[test]
 fn what_criu_cannot_dump_is_said_and_goes_on() -> Result<()> {
@@ -71,5 +71,42 @@ fn a_restore_that_fails_leaves_a_stopped_task_and_no_mount() -> Result<()> {
     ensure!(!mounts.contains("criu-root"), "{mounts}");
     world.delete_task(id)?;
     world.node.ctr_ok(&["container", "rm", id])?;
+    world.nothing_left()
+}
+
+/// Killed while CRIU restores it: it has ended, and CRIU and the OCI runtime
+/// have undone what they did.
+#[test]
+fn a_kill_during_the_restore_undoes_it() -> Result<()> {
+    let world = World::start("killed")?;
+    let id = "killed";
+    // Memory enough that the restore does not end before it is seen.
+    let program = "import os, time
+memory = bytearray(os.urandom(1 << 20) * 256)
+open('/tmp/count', 'w').write('3')
+while True: time.sleep(1)";
+    world.run(Image::Python, id, &[], &["python3", "-c", program])?;
+    world.count_beyond(id, 2)?;
+    world.checkpoint(id, &world.options(id))?;
+    world.api.create(id, Some(&world.images_of(id)), None, false)?;
+    // Held fast as soon as it restores, so that the kill cannot come too late.
+    let log =
+        format!("/run/containerd/io.containerd.runtime.v2.task/default/{id}/work/restore.log");
+    let stop = format!("until [ -e {log} ] && kill -STOP $(pgrep -x criu); do :; done");
+    let mut stopper = world.node.spawn("stopper", &["timeout", "60", "sh", "-c", &stop])?;
+    let other = Api::of(&world.node)?;
+    let started = thread::scope(|scope| {
+        let start = scope.spawn(|| other.start(id));
+        ensure!(stopper.wait()? == 0, "CRIU was not seen: {}", stopper.output());
+        world.node.ctr_ok(&["task", "kill", "-s", "KILL", id])?;
+        world.node.sh("kill -CONT $(pgrep -x criu)")?;
+        start.join().map_err(|_| anyhow!("Start panicked"))
+    })?;
+    ensure!(started.is_err(), "Start answered {started:?} for a killed container");
+    eventually("it to stop", || Ok(world.status(id)? == "STOPPED"))?;
+    ensure!(world.api.wait(id)? == 137);
+    world.delete_task(id)?;
+    world.node.ctr_ok(&["container", "rm", id])?;
+    eventually("CRIU's end", || Ok(world.node.run(&["pgrep", "-x", "criu"])?.code != 0))?;
     world.nothing_left()
 }
