@@ -23,7 +23,8 @@ use prost::Message;
 use transship_api::criu::{CriuOpts, CriuReq, CriuReqType, CriuResp};
 
 use crate::{
-    CriuError, Side,
+    Amendments, CriuError, Side,
+    amend::opt,
     fields::{BadFields, Fields},
     gate::GateDir,
     log,
@@ -118,36 +119,12 @@ enum State {
     Ended(Outcome),
 }
 
-// Field numbers of `criu_req` and `criu_opts` (proto/criu.proto).
+// Field numbers of `criu_req` and its parts (proto/criu.proto).
 const REQ_TYPE: u32 = 1;
 const REQ_OPTS: u32 = 2;
 const RESP_NOTIFY: u32 = 5;
 const NOTIFY_SCRIPT: u32 = 1;
 const NOTIFY_PID: u32 = 2;
-mod opt {
-    pub const IMAGES_DIR_FD: u32 = 1;
-    pub const LEAVE_RUNNING: u32 = 3;
-    pub const EXT_UNIX_SK: u32 = 4;
-    pub const TCP_ESTABLISHED: u32 = 5;
-    pub const SHELL_JOB: u32 = 7;
-    pub const FILE_LOCKS: u32 = 8;
-    pub const LOG_LEVEL: u32 = 9;
-    pub const LOG_FILE: u32 = 10;
-    pub const NOTIFY_SCRIPTS: u32 = 12;
-    pub const WORK_DIR_FD: u32 = 17;
-    pub const LINK_REMAP: u32 = 18;
-    pub const INHERIT_FD: u32 = 27;
-    pub const GHOST_LIMIT: u32 = 35;
-    pub const EXTERNAL: u32 = 37;
-    pub const FREEZE_CGROUP: u32 = 44;
-    pub const TIMEOUT: u32 = 45;
-    pub const TCP_SKIP_IN_FLIGHT: u32 = 46;
-    pub const LAZY_PAGES: u32 = 48;
-    pub const STATUS_FD: u32 = 49;
-    pub const TCP_CLOSE: u32 = 52;
-    pub const NETWORK_LOCK: u32 = 64;
-}
-
 /// Only the type: the rest of a request is not ours to judge.
 pub(crate) fn request_type(packet: &Packet) -> Result<i32, BadFields> {
     let fields = Fields::parse(&packet.bytes)?;
@@ -209,7 +186,7 @@ impl Conversation {
         // Parsed in `begin`; there is one `opts` because `begin` decoded it.
         let _ = request.edit_all(REQ_OPTS, |fields| {
             if let Some(change) = change.take() {
-                change(&mut Amendments { fields, kept });
+                change(&mut Amendments::new(fields, kept));
             }
         });
         if let Ok(options) = decode_options(request) {
@@ -492,83 +469,4 @@ fn decode_options(request: &Fields) -> Result<CriuOpts, BadFields> {
 fn gone(error: &std::io::Error) -> bool {
     use std::io::ErrorKind::{BrokenPipe, ConnectionReset, NotConnected};
     matches!(error.kind(), ConnectionReset | BrokenPipe | NotConnected)
-}
-
-/// Options that can be changed; every other stays as the runtime sent it.
-pub struct Amendments<'a> {
-    fields: &'a mut Fields,
-    kept: &'a mut Vec<OwnedFd>,
-}
-
-macro_rules! switches {
-    ($($(#[$doc:meta])* $name:ident = $number:ident;)*) => {
-        $($(#[$doc])* pub fn $name(&mut self, on: bool) {
-            self.fields.set_varint(opt::$number, on.into());
-        })*
-    };
-}
-
-impl Amendments<'_> {
-    switches! {
-        leave_running = LEAVE_RUNNING;
-        ext_unix_sk = EXT_UNIX_SK;
-        /// Keep established connections, by TCP repair.
-        tcp_established = TCP_ESTABLISHED;
-        /// Restore established connections as closed ones.
-        tcp_close = TCP_CLOSE;
-        /// Forget connections that were not accepted yet.
-        tcp_skip_in_flight = TCP_SKIP_IN_FLIGHT;
-        shell_job = SHELL_JOB;
-        file_locks = FILE_LOCKS;
-        /// Deleted files that still have another name get a temporary one.
-        link_remap = LINK_REMAP;
-        lazy_pages = LAZY_PAGES;
-    }
-
-    /// Where the images are: a descriptor of ours, kept until CRIU is done.
-    pub fn images_dir(&mut self, dir: OwnedFd) {
-        self.fields.set_int32(opt::IMAGES_DIR_FD, dir.as_raw_fd());
-        self.kept.push(dir);
-    }
-
-    /// Where the log goes, and `lazy-pages.socket` is looked for.
-    pub fn work_dir(&mut self, dir: OwnedFd) {
-        self.fields.set_int32(opt::WORK_DIR_FD, dir.as_raw_fd());
-        self.kept.push(dir);
-    }
-
-    pub fn log_level(&mut self, level: i32) {
-        self.fields.set_int32(opt::LOG_LEVEL, level);
-    }
-
-    pub fn log_file(&mut self, name: &str) {
-        self.fields.set_bytes(opt::LOG_FILE, name.as_bytes());
-    }
-
-    pub fn network_lock(&mut self, method: transship_api::criu::CriuNetworkLockMethod) {
-        self.fields.set_int32(opt::NETWORK_LOCK, method.into());
-    }
-
-    /// `None`: seize with ptrace only (milliseconds; CRIU polls a freezer
-    /// cgroup in steps of 100 ms).
-    pub fn freeze_cgroup(&mut self, path: Option<&str>) {
-        match path {
-            Some(path) => self.fields.set_bytes(opt::FREEZE_CGROUP, path.as_bytes()),
-            None => self.fields.remove(opt::FREEZE_CGROUP),
-        }
-    }
-
-    /// Up to this size deleted files travel inside the images.
-    pub fn ghost_limit(&mut self, bytes: u32) {
-        self.fields.set_varint(opt::GHOST_LIMIT, bytes.into());
-    }
-
-    /// Seconds that seizing the tasks may take.
-    pub fn timeout(&mut self, seconds: u32) {
-        self.fields.set_varint(opt::TIMEOUT, seconds.into());
-    }
-
-    pub fn external(&mut self, resource: &str) {
-        self.fields.add_bytes(opt::EXTERNAL, resource.as_bytes());
-    }
 }

@@ -15,6 +15,7 @@
 //! A [`Conversation`] is one DUMP or RESTORE seen from the middle. What we do
 //! not understand passes byte by byte ([`fields`]).
 
+mod amend;
 mod conversation;
 mod error;
 pub mod features;
@@ -32,7 +33,8 @@ pub mod fake;
 #[cfg(test)]
 mod tests;
 
-pub use conversation::{Amendments, Conversation, Kind, Notified, Outcome};
+pub use amend::Amendments;
+pub use conversation::{Conversation, Kind, Notified, Outcome};
 pub use error::{CriuError, Side};
 pub use gate::Gate;
 pub use remembered::Remembered;
