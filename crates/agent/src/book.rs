@@ -109,6 +109,15 @@ impl Record {
             started: now.as_secs().try_into().unwrap_or(i64::MAX),
         }
     }
+
+    fn has_ended(&self) -> bool {
+        !matches!(self.ending, Ending::Running | Ending::InDoubt)
+    }
+
+    /// That of the shim on this side.
+    fn journal(&self, dir: &Path) -> PathBuf {
+        dir.join(format!("{}.{}", self.migration, self.role.as_str()))
+    }
 }
 
 /// How a migration ended, for whoever watched it.
@@ -148,6 +157,8 @@ impl Live {
 #[derive(Debug)]
 pub struct Book {
     dir: PathBuf,
+    /// Where the shims of this node write down what they decide.
+    journals: PathBuf,
     inner: Mutex<Inner>,
 }
 
@@ -174,7 +185,8 @@ impl Book {
             }
         }
         let inner = Inner { records, live: HashMap::new() };
-        Ok(Arc::new(Book { dir: dir.into(), inner: inner.into() }))
+        let journals = dir.with_file_name("journal");
+        Ok(Arc::new(Book { dir: dir.into(), journals, inner: inner.into() }))
     }
 
     /// Opens a migration, or refuses because the container has one already, or
@@ -251,6 +263,7 @@ impl Book {
 
     async fn write(&self, record: Record) -> Step<()> {
         let dir = self.dir.clone();
+        let journal = record.journal(&self.journals);
         let forgotten = {
             let mut inner = self.inner();
             inner.records.insert(record.migration.clone(), record.clone());
@@ -261,7 +274,13 @@ impl Book {
                 // A record too many is no reason to fail.
                 let _ = fs::remove_file(file(&dir, &migration));
             }
-            write(&dir, &record)
+            write(&dir, &record)?;
+            // Nobody will ask the shim's journal again, and the shim may not
+            // have lived to remove it.
+            if record.has_ended() {
+                let _ = fs::remove_file(journal);
+            }
+            Ok::<_, io::Error>(())
         });
         let failed = |why: String| {
             let reason = format!("the record of the migration cannot be written: {why}");
@@ -365,7 +384,7 @@ impl Drop for Entry {
 fn forget(records: &mut BTreeMap<MigrationId, Record>) -> Vec<MigrationId> {
     let mut ended: Vec<_> = records
         .values()
-        .filter(|r| !matches!(r.ending, Ending::Running | Ending::InDoubt))
+        .filter(|r| r.has_ended())
         .map(|r| (r.started, r.migration.clone()))
         .collect();
     ended.sort_by_key(|(started, _)| *started);
@@ -421,6 +440,21 @@ mod tests {
         let again = book.begin(record(4, "x")).await.unwrap();
         drop(again);
         book.begin(record(5, "x")).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn the_shims_journal_goes_with_the_ending_and_not_before() {
+        let top = TempDir::new().unwrap();
+        let book = Book::open(&top.path().join("migrations")).unwrap();
+        let entry = book.begin(record(1, "x")).await.unwrap();
+        let journal = top.path().join("journal").join(format!("{}.source", entry.migration()));
+        fs::create_dir(journal.parent().unwrap()).unwrap();
+        fs::write(&journal, "").unwrap();
+        entry.departing().await.unwrap();
+        entry.in_doubt("why").await.unwrap();
+        assert!(journal.exists());
+        entry.end(Ending::StayedHome, "", failed()).await;
+        assert!(!journal.exists());
     }
 
     #[tokio::test]

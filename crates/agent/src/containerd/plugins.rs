@@ -58,9 +58,24 @@ impl Containerd {
     }
 }
 
+/// A containerd that has never held anything has no folders for it yet: then
+/// what is above them counts.
 fn free_bytes(directory: &Path) -> Result<u64> {
-    let stat = statvfs(directory)
+    let there = directory.ancestors().find(|one| one.exists()).unwrap_or(directory);
+    let stat = statvfs(there)
         .map_err(|e| ContainerdError::file("look at the file system of", directory, e.into()))?;
     // What root may still take, as containerd runs as root.
     Ok(stat.blocks_free().saturating_mul(stat.fragment_size()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_that_is_not_there_yet_has_the_room_of_those_above() {
+        let dir = tempfile::tempdir().unwrap();
+        let absent = dir.path().join("io.containerd.content.v1.content/blobs");
+        assert!(free_bytes(&absent).unwrap() > 0);
+    }
 }
