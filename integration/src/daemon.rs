@@ -164,10 +164,13 @@ impl Node {
 
 /// The end of containerd's log (the shims' messages are in it), for a test
 /// that failed.
-pub(crate) fn show_log(node: &Node) {
+pub fn show_log(node: &Node) {
     const LINES: usize = 60;
     let log = fs::read_to_string(node.dir().join("containerd.log")).unwrap_or_default();
-    let wanted: Vec<_> = log.lines().filter(|line| !line.contains("level=debug")).collect();
+    let wanted: Vec<_> = log
+        .lines()
+        .filter(|line| !line.contains("level=debug") && !line.contains("loading plugin"))
+        .collect();
     eprintln!("--- node {}: the end of containerd's log", node.name());
     for line in wanted.iter().skip(wanted.len().saturating_sub(LINES)) {
         eprintln!("{line}");

@@ -14,6 +14,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
+pub mod agents;
 pub mod api;
 pub mod cgroups;
 pub mod daemon;

@@ -1,0 +1,5 @@
+//! `transship migrate` between two nodes with real daemons: what arrives, what
+//! is refused, and what a failure leaves behind (nothing).
+
+mod happy;
+mod world;
