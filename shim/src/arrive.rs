@@ -23,14 +23,12 @@ use crate::{
     error::{Error, Result},
     held::Held,
     netns,
+    restore::{DESCRIPTORS, external_descriptors, stand_in},
 };
 
 /// How long a created container waits for its source. The agents are done
 /// with everything else by then; only a source that died makes it this long.
 const WAIT: Duration = Duration::from_secs(120);
-
-/// The name that runc and crun give to what their own restore needs.
-const DESCRIPTORS: &str = "descriptors.json";
 
 /// Answers the pid of the first process, a child of ours by then.
 pub async fn arrive(revival: &mut Revival, ticket: &Ticket) -> Result<i32> {
@@ -93,6 +91,8 @@ impl Target for Landing<'_> {
         let images = self.images.path();
         let started = |error: Error| MigrationError::runtime("restore", error.sentence());
         let mut command = self.revival.command(&images, &work).map_err(started)?;
+        let external = external_descriptors(&images).map_err(started)?;
+        stand_in(&mut command, self.revival, &external).map_err(started)?;
         command.arg(self.revival.id());
         let context = self.revival.context.clone();
         let held = Held::start(&context.oci, command, work.join("restore.log")).await?;
@@ -108,11 +108,7 @@ impl Target for Landing<'_> {
         if let Some(remembered) = remembered {
             held.conversation()?.amend(|request| remembered.apply(request));
         }
-        held.release("restore").await?;
-        if fresh_network {
-            held.set_up_network("restore").await?;
-        }
-        held.until("restore", "pre-resume").await
+        held.bring_for_migration(fresh_network).await
     }
 
     async fn resume(&mut self) -> std::result::Result<u32, MigrationError> {

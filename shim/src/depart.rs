@@ -18,10 +18,8 @@ use crate::{
     container::{Context, Occupation},
     error::Error,
     held::Held,
+    restore::DESCRIPTORS,
 };
-
-/// What runc and crun write for their own restore, before they ask CRIU.
-const DESCRIPTORS: &str = "descriptors.json";
 
 /// How long killed processes may take to go: they wait for nothing but the
 /// release of their memory.

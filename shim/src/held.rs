@@ -5,6 +5,10 @@ use std::{
     time::Duration,
 };
 
+use nix::{
+    sys::signal::{self, Signal},
+    unistd::Pid,
+};
 use tokio::{
     process::{Child, Command},
     time::{Instant, sleep, timeout},
@@ -33,6 +37,8 @@ pub struct Held {
     _gate: Gate,
     conversation: Option<Conversation>,
     criu_pid: i32,
+    /// The first process of a restore, once CRIU has made it.
+    restored: Option<i32>,
     runtime: Child,
     oci: Oci,
     mark: u64,
@@ -73,7 +79,16 @@ impl Held {
             .map_err(|error| failed("the CRIU gate", &error, None))?;
         let criu_pid = conversation.criu_pid();
         let conversation = Some(conversation);
-        Ok(Self { _gate: gate, conversation, criu_pid, runtime, oci: oci.clone(), mark, log })
+        Ok(Self {
+            _gate: gate,
+            conversation,
+            criu_pid,
+            restored: None,
+            runtime,
+            oci: oci.clone(),
+            mark,
+            log,
+        })
     }
 
     pub fn conversation(&mut self) -> Result<&mut Conversation, MigrationError> {
@@ -105,10 +120,29 @@ impl Held {
         }
     }
 
-    /// For a restore: see [`netns::set_up`].
-    pub async fn set_up_network(&mut self, step: &'static str) -> Result<(), MigrationError> {
-        let done = netns::set_up(self.conversation()?).await;
-        done.map_err(|error| failed(step, &error, Some(&self.log)))
+    /// A restore, from its release to the last point at which nothing has
+    /// happened yet: every process is there, none has run an instruction, no
+    /// packet has been let through, and CRIU kills them all if we go away.
+    ///
+    /// That is `post-restore`. At `pre-resume`, the later one, CRIU ignores
+    /// whether its notification was answered and lets the processes run.
+    pub async fn bring(&mut self, fresh_network: bool) -> Result<(), CriuError> {
+        let Some(conversation) = &mut self.conversation else { return Err(CriuError::Closed) };
+        conversation.release().await?;
+        self.restored = conversation.until("setup-namespaces").await?.pid;
+        if fresh_network && let Some(pid) = self.restored {
+            // Only now the namespace is complete.
+            conversation.until("post-setup-namespaces").await?;
+            netns::set_up(pid).await;
+        }
+        conversation.until("post-restore").await?;
+        Ok(())
+    }
+
+    /// The same, with its failure told by CRIU's log.
+    pub async fn bring_for_migration(&mut self, fresh_network: bool) -> Result<(), MigrationError> {
+        let brought = self.bring(fresh_network).await;
+        brought.map_err(|error| failed("restore", &error, Some(&self.log)))
     }
 
     /// Lets CRIU and then the runtime do the rest; both must succeed.
@@ -163,6 +197,11 @@ impl Held {
     /// once it and the runtime are gone. CRIU is never killed: that would
     /// leave its packet filter and its parasite behind.
     pub async fn abandon(mut self) -> Result<(), MigrationError> {
+        // Whatever CRIU makes of it: the end of the first process is the end
+        // of its pid namespace.
+        if let Some(pid) = self.restored {
+            let _ = signal::kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
         drop(self.conversation.take());
         let gone = timeout(UNDO, self.runtime.wait()).await.is_ok();
         if !gone {
@@ -172,7 +211,9 @@ impl Held {
             }
         }
         let deadline = Instant::now() + UNDO;
-        while is_criu(self.criu_pid) {
+        while is_running(self.criu_pid, |comm| comm == "criu")
+            || self.restored.is_some_and(|pid| is_running(pid, |_| true))
+        {
             if Instant::now() > deadline {
                 let seconds = UNDO.as_secs();
                 return Err(MigrationError::Timeout { what: "CRIU's undoing", seconds });
@@ -184,12 +225,13 @@ impl Held {
     }
 }
 
-/// Whether the pid is still that of a running CRIU.
-fn is_criu(pid: i32) -> bool {
+/// Whether the pid is still that of a process, not a zombie, with such a name.
+fn is_running(pid: i32, name: impl Fn(&str) -> bool) -> bool {
     let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else { return false };
     // `PID (comm) STATE …`, see proc_pid_stat(5).
     let Some((comm, rest)) = stat.rsplit_once(')') else { return false };
-    comm.ends_with("(criu") && !rest.trim_start().starts_with('Z')
+    let Some((_, comm)) = comm.split_once('(') else { return false };
+    name(comm) && !rest.trim_start().starts_with(['Z', 'X'])
 }
 
 fn failed(step: &'static str, error: &CriuError, log: Option<&Path>) -> MigrationError {

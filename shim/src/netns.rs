@@ -15,7 +15,6 @@ use nix::{
 };
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use tokio::sync::oneshot;
-use transship_criu::{Conversation, CriuError};
 
 use crate::{
     error::{Error, Result},
@@ -31,21 +30,14 @@ pub fn is_made_by_runtime(spec: &Spec) -> bool {
     })
 }
 
-/// For a RESTORE that has been released: sets the loopback interface up in
-/// the namespace that CRIU has just made.
-pub async fn set_up(restore: &mut Conversation) -> std::result::Result<(), CriuError> {
-    // Only this notification says the pid; the namespace is complete with the
-    // next one.
-    let made = restore.until("setup-namespaces").await?;
-    restore.until("post-setup-namespaces").await?;
-    if let Some(pid) = made.pid
-        && let Err(error) = inside(pid, || sys::interface_up("lo")).await
-    {
+/// Sets the loopback interface up in the namespace that CRIU has just made
+/// for the restored process `pid`.
+pub async fn set_up(pid: i32) {
+    if let Err(error) = inside(pid, || sys::interface_up("lo")).await {
         // A container that does not talk to itself does not need it; one that
         // does fails to restore, and then this is the reason.
         tracing::warn!(error = error.sentence(), "no loopback interface");
     }
-    Ok(())
 }
 
 /// Interfaces beside loopback that are up in the namespace of `pid`.

@@ -49,15 +49,9 @@ pub async fn restore(revival: &mut Revival, images: &Path) -> Result<i32> {
     if let Some(remembered) = remembered {
         conversation.amend(|request| remembered.apply(request));
     }
-    let brought = async {
-        conversation.release().await?;
-        if fresh_network {
-            netns::set_up(conversation).await?;
-        }
-        // What comes after takes moments, and `finish` allows no more.
-        conversation.until("pre-resume").await
-    };
-    if let Err(error) = brought.await {
+    // What comes after takes moments, and `finish` allows no more.
+    let brought = held.bring(fresh_network).await;
+    if let Err(error) = brought {
         let told = failed(&error);
         restoring.undo().await;
         return Err(told);
@@ -73,7 +67,7 @@ pub async fn restore(revival: &mut Revival, images: &Path) -> Result<i32> {
 /// descriptors 0, 1 and 2 led, such as `pipe:[123]` or `/dev/null`.
 pub const DESCRIPTORS: &str = "descriptors.json";
 
-fn external_descriptors(images: &Path) -> Result<Vec<String>> {
+pub fn external_descriptors(images: &Path) -> Result<Vec<String>> {
     let path = images.join(DESCRIPTORS);
     let text = fs::read(&path).map_err(Error::io(format!("read {}", path.display())))?;
     serde_json::from_slice(&text)

@@ -14,7 +14,7 @@
 //!   Pass 1..n (runs)  ───────────────────▶   applies
 //!                     ◀───────────────────   PassDone; OCI runtime started, held
 //!   freeze
-//!   last Pass, images ───────────────────▶   restores up to `pre-resume`
+//!   last Pass, images ───────────────────▶   restores, and holds every process
 //!                                            journal: prepared
 //!                     ◀───────────────────   Prepared
 //!   journal: committed

@@ -366,8 +366,14 @@ impl Owner {
     // --- checkpoint and migration -----------------------------------------
 
     fn occupy(&mut self, turn: Turn) -> Result<Occupation> {
-        let runs = matches!(self.state, State::Running | State::Paused) && self.held.is_none();
-        if !runs {
+        let fit = match self.state {
+            State::Running => true,
+            // CRIU seizes without the freezer when a container moves; one that
+            // stands in it would never answer.
+            State::Paused => turn != Turn::Migration,
+            _ => false,
+        };
+        if !fit || self.held.is_some() {
             return self.refused(if turn == Turn::Migration { "migrate" } else { "checkpoint" });
         }
         self.turn = turn;
