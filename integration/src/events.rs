@@ -8,14 +8,17 @@ use containerd_client::{
         TaskCheckpointed, TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit,
         TaskOom, TaskPaused, TaskResumed, TaskStart,
     },
-    services::v1::{SubscribeRequest, events_client::EventsClient},
+    services::v1::{PublishRequest, SubscribeRequest, events_client::EventsClient},
 };
 use prost::Message;
 use prost_types::Any;
 use tokio::runtime::Runtime as Tokio;
 use tonic::transport::Channel;
 
-use crate::{api::request, until};
+use crate::{api::request, eventually, until};
+
+/// No container has this name.
+const PROBE: &str = "probe of the harness";
 
 /// One event, reduced to what tests compare.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,20 +40,31 @@ pub struct Events {
 impl Events {
     pub(crate) fn subscribe(tokio: &Tokio, channel: Channel) -> Result<Self> {
         let wanted = SubscribeRequest { filters: vec!["topic~=^/tasks/".into()] };
-        let mut client = EventsClient::new(channel);
-        let seen = Arc::new(Mutex::new(Vec::new()));
-        let answer =
-            tokio.block_on(client.subscribe(request(wanted))).context("subscribe to events")?;
-        let mut stream = answer.into_inner();
-        let into = Arc::clone(&seen);
+        let mut client = EventsClient::new(channel.clone());
+        let events = Self { seen: Arc::new(Mutex::new(Vec::new())) };
+        let into = Arc::clone(&events.seen);
         tokio.spawn(async move {
+            // Answered with the first event, not before.
+            let Ok(answer) = client.subscribe(request(wanted)).await else { return };
+            let mut stream = answer.into_inner();
             while let Ok(Some(envelope)) = stream.message().await {
                 let event =
                     envelope.event.as_ref().and_then(|any| Event::read(&envelope.topic, any));
                 into.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).extend(event);
             }
         });
-        Ok(Self { seen })
+        // Subscribed is who sees an event of his own.
+        let probe = TaskResumed { container_id: PROBE.into() };
+        let probe =
+            Any { type_url: "containerd.events.TaskResumed".into(), value: probe.encode_to_vec() };
+        eventually("the subscription to events", || {
+            let wanted =
+                PublishRequest { topic: "/tasks/probe".into(), event: Some(probe.clone()) };
+            let mut client = EventsClient::new(channel.clone());
+            tokio.block_on(client.publish(request(wanted))).context("publish an event")?;
+            Ok(!events.of(PROBE).is_empty())
+        })?;
+        Ok(events)
     }
 
     /// Those of one container so far.
@@ -61,9 +75,9 @@ impl Events {
 
     /// Waits for one of `container`.
     pub fn await_one(&self, container: &str, what: &str) -> Result<Event> {
-        until(&format!("event {what} of {container}; came: {:?}", self.names(container)), || {
-            Ok(self.of(container).into_iter().find(|event| event.what == what))
-        })
+        let found = || Ok(self.of(container).into_iter().find(|event| event.what == what));
+        until(&format!("event {what} of {container}"), found)
+            .with_context(|| format!("what came: {:?}", self.names(container)))
     }
 
     /// What happened to a container, as `exit` or, of an exec, `exit:ID`.

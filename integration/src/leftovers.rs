@@ -20,12 +20,13 @@ pub struct Things(BTreeMap<String, usize>);
 
 /// Come with first use and stay by design: CRIU's memory of the kernel,
 /// folders of containerd and of our shim.
-const STAYS: [&str; 7] = [
+const STAYS: [&str; 8] = [
     "/run/criu.kdat",
     "/run/containerd/s",
     "/run/containerd/fifo",
     "/run/containerd/runc",
     "/run/transship",
+    "/run/transship/console",
     "/run/transship/gate",
     "/run/transship/shim",
 ];

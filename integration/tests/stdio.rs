@@ -97,23 +97,27 @@ promise! {
     fn output_can_go_to_a_program(world) {
         let (program, log) = (world.node.dir().join("logger"), world.node.dir().join("logger.out"));
         let script = "#!/bin/sh\n\
-            # 3 and 4 are the streams, 5 is closed to say ready.\n\
+            trap '' TERM\n\
             echo \"$CONTAINER_NAMESPACE $CONTAINER_ID $*\" >\"$2\"\n\
+            # 3 and 4 are the streams; 5 is closed to say ready.\n\
             exec 5>&-\n\
-            cat <&3 >>\"$2\"\n\
-            cat <&4 >>\"$2\"\n\
+            cat <&3 >>\"$2\" &\n\
+            cat <&4 >>\"$2\" &\n\
+            exec 3<&- 4<&-\n\
+            wait\n\
             echo end >>\"$2\"\n";
         fs::write(&program, script)?;
         fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
         let uri = format!("binary://{}?to={}", program.display(), log.display());
         world.container("one", &[], &["sh", "-c", "echo out; echo err >&2"])?;
         world.api.create("one", &Streams::to_uri(&uri), None)?;
+        let logged = || fs::read_to_string(&log).unwrap_or_default();
+        assert_eq!(logged(), format!("default one to {}\n", log.display()), "it was ready before Create answered");
         world.api.start("one", "")?;
         world.api.wait("one", "")?;
-        eventually("the logger to end", || Ok(fs::read_to_string(&log).unwrap_or_default().ends_with("end\n")))?;
-        let expected = format!("default one to {}\nout\nerr\nend\n", log.display());
-        assert_eq!(fs::read_to_string(&log)?, expected);
+        eventually("both lines in the log", || Ok(logged().contains("\nout\n") && logged().contains("\nerr\n")))?;
         world.remove("one")?;
+        eventually("the logger to end", || Ok(logged().ends_with("end\n")))?;
         world.finish()
     }
 }
