@@ -1,4 +1,4 @@
-//! A CA of one's own in two commands: `init-ca` once, `issue` per node.
+//! A CA of one's own in two commands: `init-ca`, then `issue` for the nodes.
 //!
 //! The CA's key stays where it was made; only what `issue` writes goes to a
 //! node. Nothing is ever overwritten: a second CA in the place of the first
@@ -9,6 +9,7 @@ use std::{
     io::{self, Write},
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
+    str::FromStr,
 };
 
 use rcgen::{
@@ -18,7 +19,9 @@ use rcgen::{
 use thiserror::Error;
 use time::{Duration, OffsetDateTime};
 use transship_link::Credentials;
-use transship_types::{DOMAIN, NodeName};
+use transship_types::{DOMAIN, InvalidName, NodeName};
+
+use crate::config::is_address;
 
 /// Ten years: whoever replaces a CA must reach every node.
 const CA_LIFE: Duration = Duration::days(3650);
@@ -26,6 +29,30 @@ const CA_LIFE: Duration = Duration::days(3650);
 const NODE_LIFE: Duration = Duration::days(730);
 /// Clocks of two nodes may differ.
 const SKEW: Duration = Duration::hours(1);
+
+/// A node that gets a certificate, and where it will listen if that is known:
+/// `NODE` or `NODE@HOST:PORT`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Member {
+    pub node: NodeName,
+    pub address: Option<String>,
+}
+
+impl FromStr for Member {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (node, address) = match text.split_once('@') {
+            Some((node, address)) => (node, Some(address)),
+            None => (text, None),
+        };
+        if let Some(address) = address.filter(|address| !is_address(address)) {
+            return Err(format!("the address {address:?} is not of the form HOST:PORT"));
+        }
+        let node = node.parse().map_err(|error: InvalidName| error.to_string())?;
+        Ok(Self { node, address: address.map(str::to_owned) })
+    }
+}
 
 #[derive(Debug, Error)]
 pub enum AuthorityError {
@@ -96,6 +123,21 @@ pub fn issue(dir: &Path, node: &NodeName, out: &Path) -> Result<Credentials, Aut
         other => other?,
     }
     Ok(made)
+}
+
+/// Writes the configuration of `member` into `out`: where it listens, and
+/// where the others are.
+pub fn write_config(out: &Path, member: &Member, all: &[Member]) -> Result<(), AuthorityError> {
+    let mut text = format!("# Node {}; `transshipd --help` names every key.\n", member.node);
+    if let Some((_, port)) = member.address.as_ref().and_then(|address| address.rsplit_once(':')) {
+        text.push_str(&format!("listen = \"0.0.0.0:{port}\"\n"));
+    }
+    for other in all.iter().filter(|other| other.node != member.node) {
+        if let Some(address) = &other.address {
+            text.push_str(&format!("\n[peers.{}]\naddress = \"{address}\"\n", other.node));
+        }
+    }
+    write_new(&out.join("config.toml"), &text, 0o644)
 }
 
 fn named(common: &str) -> DistinguishedName {
@@ -184,6 +226,21 @@ mod tests {
         assert_eq!(fs::read(dir.path().join("ca.pem")).unwrap(), before);
         let again = issue(dir.path(), &node("a"), &dir.path().join("a"));
         assert!(matches!(again, Err(AuthorityError::Exists(_))));
+    }
+
+    #[test]
+    fn the_written_configuration_names_the_others() {
+        let dir = TempDir::new().unwrap();
+        let all: Vec<Member> =
+            ["a@10.0.0.1:7430", "b@[fd00::2]:7431", "c"].map(|text| text.parse().unwrap()).into();
+        write_config(dir.path(), &all[0], &all).unwrap();
+        let config = crate::config::Config::load(Some(&dir.path().join("config.toml"))).unwrap();
+        assert_eq!(config.listen, "0.0.0.0:7430");
+        let peers: Vec<_> = config.peers.iter().map(|(n, p)| (n.as_str(), &*p.address)).collect();
+        assert_eq!(peers, [("b", "[fd00::2]:7431")]);
+        for wrong in ["A@10.0.0.1:1", "a@", "a@host", "@h:1", ""] {
+            assert!(wrong.parse::<Member>().is_err(), "{wrong:?}");
+        }
     }
 
     #[test]

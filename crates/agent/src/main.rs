@@ -3,7 +3,7 @@
 
 use std::{
     io::{self, IsTerminal},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
     sync::Arc,
 };
@@ -13,7 +13,7 @@ use clap::{Args, Parser, Subcommand};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 use transship_agent::{
-    authority,
+    authority::{self, Member},
     config::{Config, PORT},
     containerd::Containerd,
     node::{Node, Places},
@@ -25,10 +25,9 @@ use transship_types::NodeName;
 const EXAMPLES: &str = "\
 Two nodes that trust each other:
   transshipd init-ca
-  transshipd issue node-a --address 10.0.0.1:7430
-  transshipd issue node-b --address 10.0.0.2:7430
-Copy each node's directory to /etc/transship there, name the peer in
-/etc/transship/config.toml, and start transshipd.
+  transshipd issue node-a@10.0.0.1:7430 node-b@10.0.0.2:7430
+Copy what is in /etc/transship/ca/node-a to /etc/transship on node-a, and so
+for node-b, and start transshipd there.
 
 Files:
   /etc/transship/config.toml   configuration (see `transshipd --help`)
@@ -77,20 +76,20 @@ enum Command {
         #[arg(long, default_value = "/etc/transship/ca")]
         dir: PathBuf,
     },
-    /// Issue a node's certificate and key: ca.pem, node.pem, node.key.
+    /// Issue certificates: for each node a directory to copy to /etc/transship
+    /// there, with ca.pem, node.pem, node.key and, if addresses are given,
+    /// config.toml.
     Issue {
-        /// The node's name: a-z, 0-9 and '-'.
-        node: NodeName,
+        /// Names (a-z, 0-9 and '-'), with the address where each will listen.
+        #[arg(required = true, value_name = "NODE[@HOST:PORT]")]
+        nodes: Vec<Member>,
         /// Where the CA lives.
         #[arg(long, default_value = "/etc/transship/ca")]
         dir: PathBuf,
-        /// Where the node's files go (default: a directory named after the
-        /// node, beside the CA's files).
+        /// Where the files of a single node go (default: a directory named
+        /// after the node, beside the CA's files).
         #[arg(long)]
         out: Option<PathBuf>,
-        /// Where the node will listen, for the configuration of its peers.
-        #[arg(long, value_name = "HOST:PORT")]
-        address: Vec<String>,
     },
 }
 
@@ -135,41 +134,39 @@ fn main() -> ExitCode {
 fn begin(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Some(Command::InitCa { dir }) => init_ca(&dir),
-        Some(Command::Issue { node, dir, out, address }) => {
-            let out = out.unwrap_or_else(|| dir.join(node.as_str()));
-            issue(&dir, &node, &out, &address)
-        }
+        Some(Command::Issue { nodes, dir, out }) => issue(&nodes, &dir, out.as_deref()),
         Some(Command::Serve(flags)) => run(flags),
         None => run(cli.serve),
     }
 }
 
-fn init_ca(dir: &std::path::Path) -> anyhow::Result<()> {
+fn init_ca(dir: &Path) -> anyhow::Result<()> {
     authority::init(dir)?;
     println!("Made a CA in {0}. Its key, {0}/ca.key, stays on this machine.", dir.display());
-    println!("Next, for each node: transshipd issue NODE --address HOST:{PORT}");
+    println!("Next: transshipd issue NODE@HOST:{PORT} NODE@HOST:{PORT} …");
     Ok(())
 }
 
-fn issue(
-    dir: &std::path::Path,
-    node: &NodeName,
-    out: &std::path::Path,
-    addresses: &[String],
-) -> anyhow::Result<()> {
-    for address in addresses {
-        anyhow::ensure!(
-            transship_agent::config::is_address(address),
-            "the address {address:?} is not of the form HOST:PORT"
-        );
+fn issue(nodes: &[Member], dir: &Path, out: Option<&Path>) -> anyhow::Result<()> {
+    anyhow::ensure!(
+        out.is_none() || nodes.len() == 1,
+        "--out is for one node; without it each gets a directory of its own in {}",
+        dir.display()
+    );
+    for Member { node, .. } in nodes {
+        let twice = nodes.iter().filter(|other| other.node == *node).count() > 1;
+        anyhow::ensure!(!twice, "the node {node} is named twice");
     }
-    authority::issue(dir, node, out)?;
-    println!("Made the certificate of {node}. Next: copy the files of {} to", out.display());
-    println!("/etc/transship/ on {node}, and start transshipd there.");
-    for address in addresses {
-        println!("\nFor /etc/transship/config.toml on its peers:\n");
-        println!("[peers.{node}]\naddress = \"{address}\"");
+    for member in nodes {
+        let node = &member.node;
+        let out = out.map_or_else(|| dir.join(node.as_str()), Path::to_owned);
+        authority::issue(dir, node, &out)?;
+        if nodes.iter().any(|member| member.address.is_some()) {
+            authority::write_config(&out, member, nodes)?;
+        }
+        println!("{node}: copy what is in {} to /etc/transship there", out.display());
     }
+    println!("Then start transshipd on each node.");
     Ok(())
 }
 
