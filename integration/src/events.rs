@@ -104,7 +104,7 @@ impl Event {
             pid,
             status,
         };
-        Some(match any.type_url.rsplit(['/', '.']).next()? {
+        match any.type_url.rsplit(['/', '.']).next()? {
             "TaskCreate" => TaskCreate::decode(bytes)
                 .ok()
                 .map(|e| event(e.container_id, String::new(), e.pid, 0)),
@@ -136,6 +136,6 @@ impl Event {
                 .ok()
                 .map(|e| event(e.container_id, String::new(), 0, 0)),
             _ => None,
-        }?)
+        }
     }
 }

@@ -12,7 +12,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use nix::{
-    mount::{MsFlags, mount},
+    mount::{MntFlags, MsFlags, mount, umount2},
     sched::{CloneFlags, setns, unshare},
     sys::{
         prctl::{set_child_subreaper, set_pdeathsig},
@@ -41,17 +41,24 @@ const PRIVATE: [&str; 5] =
 
 const READY: &str = "ready";
 const ENCLOSED: &str = "pid ";
+const ENDED: &str = "ended";
 
 /// The lines that [`supervise`] prints once the node stands: the pid of its
 /// pid 1, as seen from the host.
 pub fn await_ready(supervisor: &mut impl BufRead) -> Result<i32> {
-    let mut pid = None;
+    // Two processes write them, in any order.
+    let (mut pid, mut ready) = (None, false);
     for line in supervisor.lines() {
         let line = line.context("read from the node's supervisor")?;
-        if let Some(number) = line.strip_prefix(ENCLOSED) {
-            pid = Some(number.parse().with_context(|| format!("pid in {line:?}"))?);
-        } else if line == READY {
-            return pid.context("the node is ready without a pid");
+        if line == ENDED {
+            break;
+        }
+        match line.strip_prefix(ENCLOSED) {
+            Some(number) => pid = Some(number.parse().with_context(|| format!("pid in {line:?}"))?),
+            None => ready |= line == READY,
+        }
+        if let (Some(pid), true) = (pid, ready) {
+            return Ok(pid);
         }
     }
     bail!("the node ended before it was ready; its reason is on standard error")
@@ -64,7 +71,16 @@ pub fn supervise(plan: &Plan) -> Result<()> {
     let _ = setsid();
     // The node's pid 1 outlives its parent for a moment: it is ours then.
     set_child_subreaper(true)?;
-    plan.cgroups.create()?;
+    let lived = plan.cgroups.create().and_then(|()| live(plan));
+    let removed = plan.cgroups.remove();
+    if env::var_os("TRANSSHIP_KEEP").is_none() {
+        let _ = fs::remove_dir_all(&plan.dir);
+    }
+    lived.and(removed)
+}
+
+/// From the start of the node to the death of its last process.
+fn live(plan: &Plan) -> Result<()> {
     let mut stage = this_program("enclose", plan)?
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -76,15 +92,12 @@ pub fn supervise(plan: &Plan) -> Result<()> {
             // A harness that is gone already is noticed below.
             let _ = writeln!(io::stdout(), "{line}");
         }
+        let _ = writeln!(io::stdout(), "{ENDED}");
     });
     // Blocks until the harness closes its end or is gone.
     let _ = io::stdin().read_to_end(&mut Vec::new());
     let _ = stage.kill();
     while waitpid(None, None).is_ok() {}
-    plan.cgroups.remove()?;
-    if env::var_os("TRANSSHIP_KEEP").is_none() {
-        let _ = fs::remove_dir_all(&plan.dir);
-    }
     Ok(())
 }
 
@@ -141,7 +154,9 @@ fn mounts(plan: &Plan) -> Result<()> {
     fs::create_dir_all("/run/lock")?;
     mounted("proc", "/proc", "")?;
     // A new sysfs shows the node's network; the cgroups below it are mounted
-    // again to show the node's part of them only.
+    // again to show the node's part of them only. The host's go first: hidden
+    // mounts of other cgroup namespaces are no part of a computer.
+    umount2("/sys", MntFlags::MNT_DETACH).context("detach the host's /sys")?;
     mounted("sysfs", "/sys", "")?;
     if plan.cgroups.hierarchies().iter().any(|one| one.mount != Path::new("/sys/fs/cgroup")) {
         mounted("tmpfs", "/sys/fs/cgroup", "mode=755")?;

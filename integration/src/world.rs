@@ -26,7 +26,17 @@ pub struct World {
 
 impl World {
     pub fn new(runtime: Runtime) -> Result<Self> {
-        let node = Node::start("one")?;
+        Self::on(Node::start("one")?, runtime)
+    }
+
+    /// With containerd and shims logging as they do by default.
+    pub fn quiet(runtime: Runtime) -> Result<Self> {
+        let node = Node::bare("one", None)?;
+        node.start_containerd_at("info")?;
+        Self::on(node, runtime)
+    }
+
+    fn on(node: Node, runtime: Runtime) -> Result<Self> {
         let image = node.image(Image::Busybox)?;
         let api = node.api()?;
         let before = node.everything()?;

@@ -1,9 +1,15 @@
 //! The harness keeps its own promises: nodes are apart from each other and
 //! from the host, and leave nothing.
 
-use std::{fs, path::PathBuf};
+use std::{
+    env, fs,
+    io::{BufRead, BufReader},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    thread,
+};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use transship_integration::{Node, eventually, images::Image};
 
 #[test]
@@ -58,4 +64,42 @@ fn every_image_runs() -> Result<()> {
     node.ctr_ok(&["run", "-d", pause, "pod"])?;
     assert_eq!(node.task_status("pod")?.as_deref(), Some("RUNNING"));
     Ok(())
+}
+
+/// However the harness ends, the node ends with it: here it is killed.
+#[test]
+fn a_node_goes_with_its_harness() -> Result<()> {
+    let mut harness = Command::new(env::current_exe()?)
+        .args(["--exact", "keeps_a_node", "--ignored", "--nocapture"])
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let lines =
+        BufReader::new(harness.stdout.take().context("output of the other harness")?).lines();
+    let traces: Vec<PathBuf> = lines
+        .map_while(Result::ok)
+        .filter_map(|line| line.strip_prefix("TRACE ").map(PathBuf::from))
+        .take(2)
+        .collect();
+    assert!(traces.len() == 2 && traces.iter().all(|trace| trace.exists()), "{traces:?}");
+    harness.kill()?;
+    harness.wait()?;
+    for trace in traces {
+        eventually(&format!("{} to be gone", trace.display()), || Ok(!Path::new(&trace).exists()))?;
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "the other process of a_node_goes_with_its_harness"]
+fn keeps_a_node() -> Result<()> {
+    let node = Node::start("kept")?;
+    node.ctr_ok(&["run", "-d", node.image(Image::Busybox)?, "one", "sleep", "1000"])?;
+    println!(
+        "\nTRACE {}\nTRACE {}",
+        node.dir().display(),
+        node.cgroup("memory", "default/one")?.display()
+    );
+    loop {
+        thread::park();
+    }
 }
