@@ -267,11 +267,13 @@ impl Source {
         }
         // Not cancellable any more: there is nothing left to save.
         loop {
-            match talk::receive_within(channel, ARRIVED).await? {
-                Message::Arrived(arrived) => return Ok(arrived),
-                Message::Failure(f) => return Err(Failure::from_message(&self.to.name, f)),
-                Message::Progress(_) => {}
-                other => return Err(talk::out_of_place(&self.to.name, &other)),
+            match talk::receive_within(channel, ARRIVED).await {
+                Ok(Message::Arrived(arrived)) => return Ok(arrived),
+                Ok(Message::Failure(f)) => return Err(Failure::from_message(&self.to.name, f)),
+                Ok(Message::Progress(_)) => {}
+                Ok(other) => return Err(talk::out_of_place(&self.to.name, &other)),
+                // Its shim has it; only its agent was lost, and may come back.
+                Err(lost) => return self.ask_whether_arrived(lost).await,
             }
         }
     }
@@ -295,7 +297,8 @@ impl Source {
             source: self.node.name().to_string(),
             target: self.to.name.to_string(),
             target_state: arrived.state.clone(),
-            target_pid: arrived.pid,
+            // Its agent does not remember it, its shim has told ours.
+            target_pid: if arrived.pid > 0 { arrived.pid } else { departure.target_pid },
             downtime_us: departure.downtime_us,
             total_us: micros(began.elapsed()),
             phases,

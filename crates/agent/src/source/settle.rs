@@ -12,7 +12,7 @@ use transship_api::{
 use transship_link::{Channel, connect_agent};
 use transship_types::Code;
 
-use super::{Left, Source};
+use super::{ARRIVED, Left, Source};
 use crate::{
     book::{Ending, Record, Role},
     failure::{Failure, Step, chain},
@@ -142,6 +142,25 @@ impl Source {
                 }
                 _ => {}
             }
+        }
+    }
+
+    /// For a container that has departed: `lost` is the answer only if the
+    /// target's agent does not come back to give a better one.
+    pub(super) async fn ask_whether_arrived(&self, lost: Failure) -> Step<Arrived> {
+        tracing::warn!(error = lost.sentence(), "asking the target whether it has arrived");
+        let asking = async {
+            loop {
+                match self.ask().await {
+                    Ok(Some(Proof::Runs(arrived))) => return Ok(arrived),
+                    Ok(Some(Proof::Never(failure))) => return Err(failure),
+                    Ok(None) | Err(_) => time::sleep(AGAIN).await,
+                }
+            }
+        };
+        tokio::select! {
+            answer = time::timeout(ARRIVED, asking) => answer.unwrap_or(Err(lost)),
+            () = self.node.shutdown.cancelled() => Err(lost),
         }
     }
 
