@@ -6,7 +6,7 @@ use clap::Args;
 use serde_json::{Value, json};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
-    time::{Instant, sleep_until},
+    time::{Instant, sleep_until, timeout},
 };
 use transship_api::{
     control::{CancelRequest, Failed, MigrateEvent, MigrateRequest, Report, migrate_event::Event},
@@ -19,6 +19,9 @@ use crate::{
     print,
     progress::Bar,
 };
+
+/// For an agent that has said everything to close the stream.
+const GOODBYE: Duration = Duration::from_secs(1);
 
 const EXAMPLES: &str = "\
 Examples:
@@ -106,6 +109,11 @@ impl Migrate {
             }
         };
         bar.clear();
+        // The stream ends after the outcome; leaving before that would show
+        // in the agent's log as a connection that broke.
+        if wishes.made < 2 {
+            let _ = timeout(GOODBYE, events.recv()).await;
+        }
         let report = outcome?;
         match common.output {
             Output::Json => print::json(&as_json(&report)),
