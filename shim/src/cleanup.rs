@@ -12,6 +12,7 @@ use std::{
 use containerd_shim::Flags;
 use containerd_shim_protos::{api::DeleteResponse, protobuf::Message};
 use nix::libc;
+use transship_criu::Gate;
 use transship_types::ContainerKey;
 
 use crate::{
@@ -47,6 +48,7 @@ pub fn delete(flags: &Flags) -> Result<()> {
             complain("unmount the root filesystem", &error);
         }
     });
+    Gate::sweep();
     remove_stale_control(&key);
     remove_stale_task_socket(&bundle);
 

@@ -64,6 +64,11 @@ impl Gate {
         Ok(Gate { dir, criu, sessions, listening })
     }
 
+    /// Removes the gates of processes that were killed and could not.
+    pub fn sweep() {
+        sweep(&Path::new(RUNTIME_DIR).join("gate"));
+    }
+
     /// What the OCI runtime's process must see.
     pub fn environment(&self) -> Vec<(OsString, OsString)> {
         let mut path = self.dir.0.clone().into_os_string();
@@ -133,6 +138,17 @@ impl Drop for GateDir {
     fn drop(&mut self) {
         // Nothing can be done about a failure; /run does not outlive a boot.
         let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A gate leads to the program of the process that opened it, by its pid: one
+/// that leads nowhere is nobody's.
+fn sweep(parent: &Path) {
+    for gate in fs::read_dir(parent).into_iter().flatten().flatten() {
+        let link = gate.path().join("criu");
+        if fs::symlink_metadata(&link).is_ok() && !link.exists() {
+            let _ = fs::remove_dir_all(gate.path());
+        }
     }
 }
 
@@ -221,5 +237,22 @@ async fn session(stub: Socket, dir: Arc<GateDir>) -> Result<Option<Conversation>
                 runtime.send(&packet).await.map_err(CriuError::talk(Side::Runtime))?;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn only_the_gates_of_the_dead_are_removed() {
+        let parent = tempfile::tempdir().unwrap();
+        let gate = Gate::open_in(parent.path(), "/bin/true".into()).unwrap();
+        let (dead, unfinished) = (parent.path().join("dead"), parent.path().join("unfinished"));
+        fs::create_dir(&dead).unwrap();
+        fs::create_dir(&unfinished).unwrap();
+        symlink("/proc/0/exe", dead.join("criu")).unwrap();
+        sweep(parent.path());
+        assert!(!dead.exists() && unfinished.exists() && gate.dir.0.exists());
     }
 }
