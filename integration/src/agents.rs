@@ -21,8 +21,12 @@ const AGENT_SOCKET: &str = "/run/transship/agent.sock";
 
 /// Where an agent remembers migrations that ended: to stay, by design.
 const RECORDS: &str = "file /var/lib/transship/migrations/";
-/// Made with the first migration; what lies in them is counted by itself.
-const FOLDERS: [&str; 4] = [
+/// The agent itself, and folders made with the first migration: what lies in
+/// them is counted by itself.
+const STAYS: [&str; 7] = [
+    "process transshipd",
+    "socket /run/transship/agent.sock",
+    "socket /run/transship/arrivals.sock",
     "folder /var/lib/transship/journal",
     "folder /var/lib/transship/migrations",
     "folder /run/transship/fifo",
@@ -36,6 +40,11 @@ impl Authority {
     pub fn create(on: &Node, dir: PathBuf) -> Result<Self> {
         on.ok(&["transshipd", "init-ca", "--dir", &dir.to_string_lossy()])?;
         Ok(Self(dir))
+    }
+
+    /// One that was created before.
+    pub fn of(dir: PathBuf) -> Self {
+        Self(dir)
     }
 
     /// Certificate and key of `name`, in `out`.
@@ -191,7 +200,7 @@ impl Site {
         Ok(self.task_status(container)?.unwrap_or_else(|| "NONE".into()))
     }
 
-    /// Makes `program` of the node's PATH wait as long as [`Gate`] is shut.
+    /// Puts a gate before a program of the node's PATH, open for now.
     pub fn gate(&self, program: &str) -> Result<Gate> {
         let (at, shut) =
             (self.dir().join("bin").join(program), self.dir().join(format!("{program}.shut")));
@@ -199,8 +208,28 @@ impl Site {
             Ok(real) => real,
             Err(_) => PathBuf::from(self.sh(&format!("command -v {program}"))?.trim()),
         };
-        gated(&at, &real, &shut)?;
+        let script = format!(
+            "#!/bin/sh\nif grep -qsx -e any -e \"$1\" {shut}; then touch {shut}.met; fi\n\
+             while grep -qsx -e any -e \"$1\" {shut}; do sleep 0.02; done\nexec {real} \"$@\"\n",
+            shut = shut.display(),
+            real = real.display()
+        );
+        let new = at.with_extension("new");
+        fs::write(&new, script)?;
+        fs::set_permissions(&new, fs::Permissions::from_mode(0o755))?;
+        fs::rename(&new, at).with_context(|| format!("put a gate before {program}"))?;
         Ok(Gate(shut))
+    }
+
+    /// Slows everything that leaves the node down, so that what takes a
+    /// moment takes long enough to be met.
+    pub fn slow(&self) -> Result<()> {
+        let tc = "tc qdisc add dev eth0 root tbf rate 1mbit burst 16k latency 50ms";
+        self.sh(tc).map(drop)
+    }
+
+    pub fn fast(&self) -> Result<()> {
+        self.sh("tc qdisc del dev eth0 root").map(drop)
     }
 
     /// What there is to leave behind.
@@ -228,7 +257,7 @@ impl Site {
         let gone = until("everything to be gone", || {
             let now = self.inventory()?;
             left = now.things.beyond(&before.things);
-            left.retain(|one| !one.starts_with(RECORDS) && !FOLDERS.contains(&one.as_str()));
+            left.retain(|one| !one.starts_with(RECORDS) && !STAYS.contains(&one.as_str()));
             left.extend(now.content.difference(&before.content).map(|d| format!("content {d}")));
             left.extend(now.ingests.difference(&before.ingests).map(|i| format!("ingest {i}")));
             left.retain(|one| !fine(one));
@@ -241,31 +270,35 @@ impl Site {
     }
 }
 
-/// A shell script under the program's name that waits while `shut` exists.
-pub fn gated(at: &Path, real: &Path, shut: &Path) -> Result<()> {
-    let script = format!(
-        "#!/bin/sh\nwhile [ -e {} ]; do sleep 0.02; done\nexec {} \"$@\"\n",
-        shut.display(),
-        real.display()
-    );
-    let new = at.with_extension("new");
-    fs::write(&new, script)?;
-    fs::set_permissions(&new, fs::Permissions::from_mode(0o755))?;
-    fs::rename(&new, at).with_context(|| format!("put a gate before {}", real.display()))
-}
-
-/// Programs that are started wait while it is shut.
-pub struct Gate(pub PathBuf);
+/// While it is shut, programs that are started wait before they begin.
+pub struct Gate(PathBuf);
 
 impl Gate {
     pub fn shut(&self) -> Result<()> {
-        fs::write(&self.0, "")?;
+        self.shut_for("any")
+    }
+
+    /// Only for those with this first argument.
+    pub fn shut_for(&self, argument: &str) -> Result<()> {
+        let _ = fs::remove_file(self.met());
+        fs::write(&self.0, argument)?;
         Ok(())
+    }
+
+    /// Returns once a program waits.
+    pub fn await_one(&self) -> Result<()> {
+        eventually(&format!("a program to wait at {}", self.0.display()), || {
+            Ok(self.met().exists())
+        })
     }
 
     pub fn open(&self) -> Result<()> {
         fs::remove_file(&self.0)?;
         Ok(())
+    }
+
+    fn met(&self) -> PathBuf {
+        self.0.with_extension("shut.met")
     }
 }
 
@@ -301,7 +334,8 @@ impl Command {
             || format!("transship ended with {exit} and said {text:?} {}", self.process.output());
         let value: Value = serde_json::from_str(&text).with_context(said)?;
         let error = &value["error"];
-        if error.is_null() {
+        // A migration's record has a text under the same name.
+        if !error.is_object() {
             ensure!(exit == 0, said());
             return Ok(Ok(value));
         }

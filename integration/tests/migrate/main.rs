@@ -1,5 +1,8 @@
 //! `transship migrate` between two nodes with real daemons: what arrives, what
 //! is refused, and what a failure leaves behind (nothing).
 
+mod cancel;
+mod failures;
 mod happy;
+mod refusals;
 mod world;
