@@ -50,18 +50,13 @@ pub enum State {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
     pub version: u32,
-    pub role: Role,
     pub state: State,
-    pub migration: MigrationId,
-    pub ticket: Ticket,
-    pub namespace: String,
-    pub container: String,
-    pub peer: NodeName,
-    pub epoch: Epoch,
+    #[serde(flatten)]
+    pub subject: Subject,
 }
 
 /// What every record of one journal says alike.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Subject {
     pub role: Role,
     pub migration: MigrationId,
@@ -101,19 +96,7 @@ impl Journal {
 
     /// On disk when this returns.
     pub fn record(&mut self, state: State) -> Result<(), MigrationError> {
-        let Subject { role, migration, ticket, namespace, container, peer, epoch } =
-            self.subject.clone();
-        let record = Record {
-            version: VERSION,
-            role,
-            state,
-            migration,
-            ticket,
-            namespace,
-            container,
-            peer,
-            epoch,
-        };
+        let record = Record { version: VERSION, state, subject: self.subject.clone() };
         let written = self.file.write_all(line(&record).as_bytes());
         written
             .and_then(|()| self.file.sync_data())
