@@ -188,21 +188,25 @@ newer_releases() {
         [ -z "$keyring" ] || echo "Signed-By: $keyring"
     } >$SOURCES
     printf 'Package: *\nPin: release n=trixie\nPin-Priority: 50\n\nPackage: *\nPin: release n=forky\nPin-Priority: 40\n' >$PREFERENCES
-    refreshed=no
-    refresh
+    if ! apt-get update -q; then
+        # Every later update would fail as well.
+        rm -f $SOURCES $PREFERENCES
+        fail "apt cannot use ${suites[*]} of $mirror"
+    fi
 }
 
 # The key file that the source of MIRROR is verified with, in either of apt's
 # formats; nothing where apt uses its common keyrings.
 keyring_of() {
-    local mirror=${1%/}
-    {
-        cat /etc/apt/sources.list.d/*.sources 2>/dev/null |
+    local mirror=${1%/} found
+    found=$(
+        find /etc/apt/sources.list.d -name '*.sources' -exec cat {} + |
             awk -v RS= -v mirror="$mirror" 'index($0, mirror) && match($0, /Signed-By:[ \t]*\/[^ \t\n]+/) {
                 print substr($0, RSTART + 10, RLENGTH - 10) }'
-        cat /etc/apt/sources.list /etc/apt/sources.list.d/*.list 2>/dev/null |
+        find /etc/apt -name '*.list' -exec cat {} + |
             sed -n "\|$mirror|s/.*signed-by=\(\/[^] ]*\).*/\1/p"
-    } | tr -d ' \t' | head -n1
+    )
+    awk 'NR == 1 { print $1 }' <<<"$found"
 }
 
 # Packages start their services on installation unless this policy forbids it.
