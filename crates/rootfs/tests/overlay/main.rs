@@ -4,6 +4,7 @@
 //! Root is needed, and said aloud when missing.
 
 mod random;
+mod sys;
 mod world;
 
 use std::{
@@ -14,6 +15,7 @@ use std::{
 };
 
 use random::{Dice, step};
+use sys::Mapping;
 use transship_rootfs::{Layer, Receiver, RootfsError, Totals, send, send_frozen, sync};
 use world::{World, possible, tree};
 
@@ -221,38 +223,6 @@ fn stores_through_a_shared_mapping_are_seen() {
     world.last();
     world.assert_same();
     assert_eq!(fs::read(world.target.merged.join("mapped")).unwrap()[..3], [1, 2, 3]);
-}
-
-struct Mapping {
-    start: *mut u8,
-    length: usize,
-}
-
-impl Mapping {
-    fn of(file: &File, length: usize) -> Self {
-        use std::os::fd::AsRawFd;
-        let access = libc::PROT_READ | libc::PROT_WRITE;
-        // SAFETY: a new mapping of an open file, at an address of the
-        // kernel's choice.
-        let start = unsafe {
-            libc::mmap(std::ptr::null_mut(), length, access, libc::MAP_SHARED, file.as_raw_fd(), 0)
-        };
-        assert_ne!(start, libc::MAP_FAILED);
-        Self { start: start.cast(), length }
-    }
-
-    fn store(&self, at: usize, value: u8) {
-        assert!(at < self.length);
-        // SAFETY: inside of the mapping, which lives as long as `self`.
-        unsafe { self.start.add(at).write_volatile(value) }
-    }
-}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // SAFETY: made by `of`, and not used any more.
-        unsafe { libc::munmap(self.start.cast(), self.length) };
-    }
 }
 
 #[test]
