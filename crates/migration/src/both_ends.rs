@@ -242,3 +242,30 @@ async fn a_target_that_cannot_discard_does_not_refuse() {
     assert_eq!(departure.ending, Ending::InDoubt);
     assert!(!source.is_running() && !source.ended);
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_target_that_stops_reading_does_not_keep_it_frozen() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut source = FakeSource::new(directory.path(), None);
+    let journals = directory.path().join("source-journal");
+    let journal = Journal::create(&journals, subject(Role::Source)).unwrap();
+    let Link { near, mut far, cut: _cut } = link();
+    let never = CancellationToken::new();
+    let stopped = async {
+        use transship_api::session::{Waiting, shim_message::Message};
+        crate::lanes::hear(&mut far.reader).await.unwrap();
+        crate::lanes::say(&mut far.writer, Message::Waiting(Waiting {})).await.unwrap();
+        // Alive, and its link too; but it takes nothing any more.
+        std::future::pending::<()>().await;
+    };
+    let departing = depart(near, &mut source, manifest(), journal, &never, &|_| {});
+    let departure = tokio::select! {
+        departure = departing => departure,
+        () = stopped => unreachable!(),
+        () = tokio::time::sleep(Duration::from_secs(3600)) => panic!("it stands still for ever"),
+    };
+    assert_eq!(departure.ending, Ending::StayedHome);
+    let phase = departure.error.unwrap().phase;
+    assert_eq!(phase, Phase::Transfer);
+    assert!(source.is_running());
+}

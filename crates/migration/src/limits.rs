@@ -6,6 +6,11 @@ use std::time::Duration;
 /// gone. Longer than a slow disk needs for one file of a pass.
 pub const FRAME: Duration = Duration::from_secs(30);
 
+/// A peer that takes not one frame for this long has stopped reading. TCP does
+/// not notice: the peer's kernel goes on saying that it lives, and a frozen
+/// container would wait for as long as it does.
+pub const TAKEN: Duration = Duration::from_secs(30);
+
 /// The target restores between `ImagesEnd` and `Prepared`; CRIU itself gives
 /// up on nothing, so this bounds the pause when it hangs.
 pub const RESTORE: Duration = Duration::from_secs(120);

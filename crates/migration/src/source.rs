@@ -76,13 +76,14 @@ pub struct Departure {
 
 /// Moves `source` to the node at the other end of `channel`.
 pub async fn depart<S: Source>(
-    channel: Channel,
+    mut channel: Channel,
     source: &mut S,
     manifest: Manifest,
     journal: Journal,
     cancel: &CancellationToken,
     progress: &(dyn Fn(Progress) + Send + Sync),
 ) -> Departure {
+    channel.writer.set_deadline(limits::TAKEN);
     let watch = Stopwatch::start(Phase::Offer);
     let mut run = Run { channel, watch, progress, layer: Totals::default(), image_bytes: 0 };
     let dumped = tokio::select! {

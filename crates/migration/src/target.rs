@@ -51,6 +51,7 @@ pub async fn arrive<T: Target>(
     ticket: &Ticket,
     cancel: &CancellationToken,
 ) -> Result<u32, MigrationError> {
+    channel.writer.set_deadline(limits::TAKEN);
     let mut journal = None;
     let ready = tokio::select! {
         ready = until_commit(&mut channel, target, ticket, &mut journal) => ready,
