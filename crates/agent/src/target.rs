@@ -327,25 +327,36 @@ impl Target {
     }
 
     async fn outcome(mut self, arriving: Box<dyn Arriving>, started: Result<u32, DaemonError>) {
-        let running = self.running().await;
-        match (started, running) {
-            (Ok(pid), state) => self.arrived(arriving, pid, state).await,
-            // Start was answered with an error and yet it runs: the daemon
-            // lost the answer, not the container.
-            (Err(error), Some((pid, TaskStatus::Running))) => {
-                tracing::warn!(%error, "Start failed, but the container runs");
-                self.arrived(arriving, pid, Some((pid, TaskStatus::Running))).await;
+        let error = match started {
+            Ok(pid) => {
+                let state = self.task().await.ok().flatten();
+                return self.arrived(arriving, pid, state).await;
             }
-            (Err(error), _) => {
+            Err(error) => error,
+        };
+        // The daemon may have lost the answer, or itself, and not the
+        // container: its shim goes on without it.
+        tracing::warn!(%error, "Start failed");
+        let runs = tokio::select! {
+            runs = unfinished::decided(&self.node, &self.offer.key) => runs,
+            () = self.node.shutdown.cancelled() => {
+                tracing::warn!("left to the next run of transshipd");
+                return;
+            }
+        };
+        match self.task().await {
+            Ok(Some(state)) if runs => self.arrived(arriving, state.0, Some(state)).await,
+            _ => {
                 let undone = arriving.undo().await;
                 self.ended(undone, Stop::Failed(error.into())).await;
             }
         }
     }
 
-    async fn running(&mut self) -> Option<(u32, TaskStatus)> {
-        let task = self.node.daemon.task(&self.offer.key).await.ok()??;
-        Some((task.pid, task.status))
+    /// `&mut` because a channel must not be shared between threads.
+    async fn task(&mut self) -> Result<Option<(u32, TaskStatus)>, DaemonError> {
+        let task = self.node.daemon.task(&self.offer.key).await?;
+        Ok(task.map(|task| (task.pid, task.status)))
     }
 
     async fn arrived(
@@ -381,16 +392,19 @@ impl Target {
         let mut ending = Ending::Discarded;
         if let Err(error) = undone {
             tracing::error!(%error, "not everything that was made for the arrival was removed");
-            // Only a container that certainly does not run is a proof.
-            if matches!(self.running().await, Some((_, TaskStatus::Running | TaskStatus::Paused))) {
+            // Only a container that certainly does not run is a proof; a
+            // daemon that does not answer proves nothing.
+            if !matches!(self.task().await, Ok(None | Some((_, TaskStatus::Stopped)))) {
                 ending = Ending::InDoubt;
             }
         }
         tracing::info!(why = why.sentence(), "discarded");
-        let Target { entry, mut channel, .. } = self;
+        let Target { node, entry, mut channel, .. } = self;
         let end = End::Failed { refusals: why.0.clone(), ending, outcome: String::new() };
         entry.end(ending, &why.sentence(), end).await;
         if ending != Ending::Discarded {
+            // The source goes on asking; this finds an answer for it.
+            take_up(&node);
             return;
         }
         let answer = match stop {

@@ -84,7 +84,8 @@ async fn settle(node: Arc<Node>, key: ContainerKey, arriving: Box<dyn Arriving>)
     }
 }
 
-async fn decided(node: &Node, key: &ContainerKey) -> bool {
+/// Whether it runs here, once that is certain.
+pub(super) async fn decided(node: &Node, key: &ContainerKey) -> bool {
     let deadline = Instant::now() + DECIDED;
     loop {
         match node.daemon.task(key).await {
@@ -95,8 +96,12 @@ async fn decided(node: &Node, key: &ContainerKey) -> bool {
                 TaskStatus::Created | TaskStatus::Unknown => {}
             },
             Ok(None) => return false,
-            // The daemon may be starting as we are.
-            Err(_) => {}
+            // The daemon may be starting as we are. While it is silent
+            // nothing is certain, however long.
+            Err(_) => {
+                time::sleep(LOOK).await;
+                continue;
+            }
         }
         if Instant::now() > deadline {
             return false;

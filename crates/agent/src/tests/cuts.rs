@@ -152,3 +152,24 @@ async fn a_target_that_ends_discards() {
     assert_eq!(world.runs_on(), "a");
     world.nothing_left().await;
 }
+
+/// The target's daemon dies while its shim goes on: nobody may conclude from
+/// its silence that the container does not run.
+#[tokio::test]
+async fn a_daemon_that_dies_proves_nothing() {
+    let world = World::new().await;
+    world.b.fake.hold("restore");
+    let live = world.begin().await.unwrap();
+    world.b.fake.until("restore").await;
+    world.b.fake.die(true);
+    world.b.fake.release("restore");
+    world.b.fake.until("running").await;
+    eventually("it has left", || world.a.fake.status(&world.key) != Some(TaskStatus::Running))
+        .await;
+    assert_ne!(world.at_target(), Some(Ending::Discarded));
+
+    world.b.fake.die(false);
+    let (ending, _, outcome) = ending(&end(&live).await);
+    assert_eq!((ending, world.runs_on()), (Ending::Departed, "b"), "{outcome}");
+    assert_eq!(world.at_target(), Some(Ending::Arrived));
+}

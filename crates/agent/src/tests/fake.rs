@@ -48,6 +48,10 @@ pub struct State {
     pub disk_free: u64,
 }
 
+fn silent() -> DaemonError {
+    DaemonError::Unavailable { address: "the fake".into(), source: "it is dead".into() }
+}
+
 #[derive(Clone)]
 pub struct Kept {
     pub record: Container,
@@ -59,6 +63,8 @@ pub struct Fake {
     arrivals: PathBuf,
     held: watch::Sender<BTreeSet<&'static str>>,
     reached: watch::Sender<BTreeSet<&'static str>>,
+    /// The daemon does not answer; its shims live.
+    dead: watch::Sender<bool>,
     /// Departures under way, and whether they may still be abandoned.
     departures: Mutex<HashMap<ContainerKey, (CancellationToken, bool)>>,
 }
@@ -71,6 +77,7 @@ impl Fake {
             arrivals,
             held: watch::Sender::default(),
             reached: watch::Sender::default(),
+            dead: watch::Sender::default(),
             departures: Mutex::default(),
         })
     }
@@ -89,6 +96,14 @@ impl Fake {
         self.held.send_modify(|held| {
             held.remove(point);
         });
+    }
+
+    pub fn die(&self, dead: bool) {
+        self.dead.send_replace(dead);
+    }
+
+    fn answers(&self) -> Daemonic<()> {
+        if *self.dead.borrow() { Err(silent()) } else { Ok(()) }
     }
 
     pub async fn until(&self, point: &'static str) {
@@ -189,6 +204,7 @@ impl Daemon for FakeDaemon {
     }
 
     async fn task(&self, key: &ContainerKey) -> Daemonic<Option<Task>> {
+        self.0.answers()?;
         Ok(self.0.state().containers.get(key).and_then(|c| c.task.clone()))
     }
 
@@ -314,7 +330,23 @@ impl Arriving for FakeArriving {
         Box::pin(async move {
             fake.pass("start").await?;
             let ticket = ticket.expect("created first");
-            arrive(&fake, &key, &ticket).await.map_err(|e| DaemonError::failed("to start", e))
+            let arriving = tokio::spawn({
+                let (fake, key) = (fake.clone(), key.clone());
+                async move {
+                    let arrived = arrive(&fake, &key, &ticket).await;
+                    if arrived.is_err() && fake.status(&key) != Some(TaskStatus::Running) {
+                        fake.set_status(&key, TaskStatus::Stopped);
+                    }
+                    arrived
+                }
+            });
+            let mut dead = fake.dead.subscribe();
+            tokio::select! {
+                arrived = arriving => {
+                    arrived.unwrap().map_err(|e| DaemonError::failed("to start", e))
+                }
+                _ = dead.wait_for(|dead| *dead) => Err(silent()),
+            }
         })
     }
 
@@ -324,6 +356,7 @@ impl Arriving for FakeArriving {
     }
 
     async fn undo(self: Box<Self>) -> Daemonic<()> {
+        self.fake.answers()?;
         let mut state = self.fake.state();
         state.containers.remove(&self.key);
         state.leases.remove(&self.key);
