@@ -31,23 +31,38 @@ use crate::{
 const WAIT: Duration = Duration::from_secs(120);
 
 /// Answers the pid of the first process, a child of ours by then.
-pub async fn arrive(revival: &mut Revival, ticket: &Ticket) -> Result<i32> {
-    let failed = |what: &str| format!("container {} did not arrive: {what}", revival.id());
-    let arrival = arrivals::wait(ticket, WAIT)
-        .await
-        .map_err(Error::other(failed("its source did not come")))?;
-    let peer = arrival.peer.clone();
-    let channel =
-        arrival.accept().await.map_err(Error::other(failed("its source was not accepted")))?;
+///
+/// `cancel` ends it up to the commit and is ignored afterwards.
+pub async fn arrive(
+    revival: &mut Revival,
+    ticket: &Ticket,
+    cancel: &CancellationToken,
+) -> Result<i32> {
+    let id = revival.id().to_owned();
+    let failed = |what: &str| format!("container {id} did not arrive: {what}");
+    // After the commit nothing of it may fail any more.
+    revival.stdio.rehearse().map_err(Error::other(failed("its output cannot be written here")))?;
+    let connected = async {
+        let arrival = arrivals::wait(ticket, WAIT)
+            .await
+            .map_err(Error::other(failed("its source did not come")))?;
+        let peer = arrival.peer.clone();
+        let channel = arrival.accept().await;
+        Ok((channel.map_err(Error::other(failed("its source was not accepted")))?, peer))
+    };
+    let (channel, peer) = tokio::select! {
+        connected = connected => connected?,
+        () = cancel.cancelled() => return Err(Error::killed_unborn(&id)),
+    };
     let images = MemoryDir::create(None)
         .map_err(Error::other(failed("there is no memory for CRIU's images")))?;
-    let failed = format!("container {} did not arrive from {peer}", revival.id());
+    let failed = format!("container {id} did not arrive from {peer}");
     let mut landing = Landing { revival, images, peer, ticket, remembered: None, held: None };
-    // Killing the container drops this future; nothing else cancels it.
-    let never = CancellationToken::new();
-    let pid = transship_migration::arrive(channel, &mut landing, ticket, &never)
-        .await
-        .map_err(Error::other(failed))?;
+    let arrived = transship_migration::arrive(channel, &mut landing, ticket, cancel).await;
+    let pid = arrived.map_err(|error| match error {
+        MigrationError::Cancelled => Error::killed_unborn(&id),
+        error => Error::other(failed)(error),
+    })?;
     i32::try_from(pid).map_err(Error::other("a pid that is none"))
 }
 
@@ -112,9 +127,10 @@ impl Target for Landing<'_> {
     }
 
     async fn resume(&mut self) -> std::result::Result<u32, MigrationError> {
-        let held = self.held.take();
-        let held = held.ok_or_else(|| MigrationError::runtime("resume", "nothing is held"))?;
-        held.finish("restore").await?;
+        // Kept until all is well: whatever fails here, `discard` must find the
+        // processes, which an OCI runtime that failed may not know.
+        self.held()?.finish("restore").await?;
+        self.held = None;
         let pid = self.revival.pid();
         let pid = pid.map_err(|error| MigrationError::runtime("resume", error.sentence()))?;
         u32::try_from(pid).map_err(|_| MigrationError::runtime("resume", "a pid that is none"))

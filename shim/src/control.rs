@@ -5,6 +5,7 @@ use std::{
     collections::HashMap,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use async_trait::async_trait;
@@ -12,7 +13,10 @@ use containerd_shim_protos::ttrpc::{
     self,
     r#async::{ServerStreamSender, Service, TtrpcContext},
 };
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    time::sleep,
+};
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, info_span};
 use transship_api::{
@@ -40,6 +44,9 @@ use crate::{
 
 /// Events on their way to the agent; it reads faster than phases change.
 const QUEUE: usize = 64;
+
+/// A pause that is of no use any more shall not last longer than this.
+const SIGN_OF_LIFE: Duration = Duration::from_millis(500);
 
 /// The service, to be registered with a server.
 pub fn services(pod: &Pod) -> HashMap<String, Service> {
@@ -129,7 +136,8 @@ impl Shim for Control {
 
         let (events, mut queue) = mpsc::channel(QUEUE);
         let span = info_span!("departure", id = order.id, migration = %order.migration);
-        let (id, key) = (order.id.clone(), container.key().clone());
+        let (id, migration) = (order.id.clone(), order.migration.clone());
+        let (key, cancel_it) = (container.key().clone(), cancel.clone());
         let (doubt, doubtful) = oneshot::channel();
         let journal = PathBuf::from(STATE_DIR).join("journal");
         // A task of its own: it must reach an ending even if the agent, whose
@@ -142,13 +150,19 @@ impl Shim for Control {
             .instrument(span),
         );
         let mut told = Ok(());
-        while let Some(event) = queue.recv().await {
+        loop {
+            let event = tokio::select! {
+                event = queue.recv() => match event {
+                    Some(event) => event,
+                    None => break,
+                },
+                // Says nothing, but fails once the agent is gone.
+                () = sleep(SIGN_OF_LIFE) => DepartEvent::new(),
+            };
             told = stream.send(&event).await;
             if told.is_err() {
                 // Nobody listens any more: before the commit that is a cancel.
-                if let Some(under) = self.departures().get(&id) {
-                    under.cancel.cancel();
-                }
+                cancel_it.cancel();
                 break;
             }
         }
@@ -158,8 +172,9 @@ impl Shim for Control {
                     under.proof = Some(proof);
                 }
             }
+            // The container may have begun another one meanwhile.
             Err(_) => {
-                self.departures().remove(&id);
+                self.departures().retain(|at, under| *at != id || under.migration != migration);
             }
         }
         told
@@ -351,6 +366,6 @@ async fn attempt(
     (departure, done.doubt)
 }
 
-fn micros(time: std::time::Duration) -> u64 {
+fn micros(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }

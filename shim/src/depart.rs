@@ -167,7 +167,10 @@ impl Source for Leaving {
     async fn guard(&mut self) -> Result<()> {
         self.guarded = true;
         let cgroup = self.occupation.cgroup().map_err(step("freeze"))?;
-        freezing(cgroup, true).await.map_err(step("freeze"))
+        freezing(cgroup, true).await.map_err(step("freeze"))?;
+        // A CRIU that was killed (out of memory, say) has let the tasks go on
+        // after they were dumped: then what was dumped is not what is here.
+        self.held()?.is_held("freeze")
     }
 
     async fn thaw(&mut self) -> Result<()> {

@@ -55,6 +55,11 @@ impl Error {
         move |source| Error::Other { doing, source: Box::new(source) }
     }
 
+    /// It was killed while it had no process yet.
+    pub fn killed_unborn(id: &str) -> Error {
+        Error::Cancelled(format!("container {id} was killed before it was restored"))
+    }
+
     /// The owner of a container is gone: it was deleted meanwhile.
     pub fn gone(id: &str) -> Error {
         Error::NotFound(format!("container {id} was deleted"))

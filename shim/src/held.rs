@@ -145,8 +145,10 @@ impl Held {
         brought.map_err(|error| failed("restore", &error, Some(&self.log)))
     }
 
-    /// Lets CRIU and then the runtime do the rest; both must succeed.
-    pub async fn finish(mut self, step: &'static str) -> Result<(), MigrationError> {
+    /// Lets CRIU and then the runtime do the rest; both must succeed. After a
+    /// failure the processes may run nevertheless: [`abandon`](Self::abandon)
+    /// ends them.
+    pub async fn finish(&mut self, step: &'static str) -> Result<(), MigrationError> {
         let Some(conversation) = self.conversation.take() else {
             return Err(MigrationError::runtime(step, "CRIU has ended already"));
         };
@@ -169,6 +171,14 @@ impl Held {
                 Err(MigrationError::runtime(step, said))
             }
         }
+    }
+
+    /// Fails if CRIU is gone, however it went: nobody has held the tasks since.
+    pub fn is_held(&self, step: &'static str) -> Result<(), MigrationError> {
+        if is_running(self.criu_pid, |comm| comm == "criu") {
+            return Ok(());
+        }
+        Err(MigrationError::runtime(step, "CRIU ended while it held the container"))
     }
 
     /// CRIU at `post-dump` is told to kill the tasks. From here on nothing

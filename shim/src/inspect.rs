@@ -11,7 +11,7 @@ use crate::{
     cgroup::Cgroup,
     container::{Container, Status},
     depart::layer,
-    error::Result,
+    error::{Error, Result},
     netns,
     tree::{self, Stranger},
 };
@@ -52,7 +52,12 @@ pub async fn inspect(container: &Container) -> Result<InspectResponse> {
         }
     }
     match layer(context) {
-        Ok(layer) => response.rootfs_bytes = layer.bytes(),
+        // A walk over every file, which others need not wait for.
+        Ok(layer) => {
+            let walk = tokio::task::spawn_blocking(move || layer.bytes());
+            response.rootfs_bytes =
+                walk.await.map_err(Error::other("measure the writable layer"))?;
+        }
         Err(error) => refusals.push(Refusal::new(Code::Mount, error.sentence(), "")),
     }
     response.status = status_word(report.status).into();

@@ -56,8 +56,13 @@ pub async fn restore(revival: &mut Revival, images: &Path) -> Result<i32> {
         restoring.undo().await;
         return Err(told);
     }
-    let Some(held) = restoring.held.take() else { return revival.pid() };
-    held.finish("restore").await.map_err(|e| failed(&e))?;
+    let finished = held.finish("restore").await;
+    if let Err(error) = finished {
+        let told = failed(&error);
+        restoring.undo().await;
+        return Err(told);
+    }
+    restoring.held = None;
     let pid = revival.pid()?;
     thaw(pid);
     Ok(pid)

@@ -139,6 +139,18 @@ impl Prepared {
         }
     }
 
+    /// Opens every output once and closes it again: one that cannot be opened
+    /// must not be found out when the process runs already.
+    pub fn rehearse(&self) -> Result<()> {
+        if self.logger.is_some() {
+            return Ok(());
+        }
+        let one_file = OneFile::of(&self.urls)?;
+        one_file.sink(&self.urls.stdout)?;
+        one_file.sink(&self.urls.stderr)?;
+        Ok(())
+    }
+
     /// Begins to copy, once the runtime has succeeded. Lets go of the
     /// container's ends, so that its exit is seen as the end of its output.
     pub async fn connect(self) -> Result<Live> {

@@ -79,12 +79,7 @@ impl Owner {
                 None => open_stdio(&context).await?,
             };
             let mut revival = Revival { context: context.clone(), stdio };
-            let revived = tokio::select! {
-                revived = bring(&mut revival, &origin) => revived,
-                () = cancelled.cancelled() => Err(Error::Cancelled(format!(
-                    "container {} was killed before it was restored", context.id()
-                ))),
-            };
+            let revived = bring(&mut revival, &origin, &cancelled).await;
             let connected = match revived {
                 Ok(pid) => revival.stdio.connect().await.map(|live| (pid, live)),
                 Err(error) => Err(error),
@@ -105,6 +100,13 @@ impl Owner {
                     let pid = owner.started();
                     owner.watch(String::new(), owner.init.pid);
                     answer(reply, Ok(pid));
+                    // The kill came when an arrival could not be stopped any
+                    // more; it was answered with a promise.
+                    if owner.reviving.is_cancelled()
+                        && let Err(error) = owner.init.signal(libc::SIGKILL as u32)
+                    {
+                        warn!(error = error.sentence(), "a killed arrival runs");
+                    }
                 }
                 Err(error) => {
                     warn!(error = error.sentence(), "not restored");
@@ -339,10 +341,16 @@ impl Owner {
     }
 }
 
-async fn bring(revival: &mut Revival, origin: &Origin) -> Result<i32> {
+async fn bring(revival: &mut Revival, origin: &Origin, cancel: &CancellationToken) -> Result<i32> {
+    let context = revival.context.clone();
     match origin {
-        Origin::Checkpoint { images, .. } => crate::restore::restore(revival, images).await,
-        Origin::Arrival(ticket) => crate::arrive::arrive(revival, ticket).await,
+        Origin::Checkpoint { images, .. } => tokio::select! {
+            restored = crate::restore::restore(revival, images) => restored,
+            () = cancel.cancelled() => Err(Error::killed_unborn(context.id())),
+        },
+        // It decides itself whether it can still be stopped: dropped in the
+        // middle, it might run here and be told otherwise to its source.
+        Origin::Arrival(ticket) => crate::arrive::arrive(revival, ticket, cancel).await,
         Origin::Fresh => Err(Error::Internal("a fresh container is not restored".into())),
     }
 }
