@@ -6,9 +6,9 @@ use std::time::Duration;
 /// gone. Longer than a slow disk needs for one file of a pass.
 pub const FRAME: Duration = Duration::from_secs(30);
 
-/// A peer that takes not one frame for this long has stopped reading. TCP does
-/// not notice: the peer's kernel goes on saying that it lives, and a frozen
-/// container would wait for as long as it does.
+/// A peer that takes not one frame for this long has stopped reading. TCP
+/// notices that by itself only where the link has a time limit of its own, and
+/// not if a few bytes are taken now and then; a frozen container must not wait.
 pub const TAKEN: Duration = Duration::from_secs(30);
 
 /// The target restores between `ImagesEnd` and `Prepared`; CRIU itself gives
