@@ -43,9 +43,11 @@ Environment:
 /// Without a subcommand it serves: it listens on one TCP port for other nodes
 /// and on a local socket for `transship`. The configuration file is TOML:
 ///
+///   node = "node-a"               # default: as the certificate says
 ///   listen = "0.0.0.0:7430"
 ///   allow = ["node-b"]            # default: every node of the CA
-///   [credentials]                 # default: beside the configuration file
+///   runtimes = ["io.containerd.transship.v2", "io.containerd.runc.v2-transship"]
+///   [credentials]                 # default: these three
 ///   ca = "/etc/transship/ca.pem"
 ///   certificate = "/etc/transship/node.pem"
 ///   key = "/etc/transship/node.key"
