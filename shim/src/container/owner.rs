@@ -321,8 +321,13 @@ impl Owner {
             .filter(|(_, exec)| exec.process.pid > 0 && exec.process.exit.is_none())
             .map(|(id, exec)| (exec.process.pid as u32, id.clone()))
             .collect();
-        if self.init.pid == 0 || self.state == State::Stopped {
+        if self.state == State::Stopped {
             return answer(reply, Ok(Vec::new()));
+        }
+        if self.init.pid == 0 {
+            // Not restored yet. A containerd that has just been started takes
+            // a task without any process for a leak, and deletes it.
+            return answer(reply, Ok(vec![(std::process::id(), None)]));
         }
         let from_cgroup = self.cgroup.as_ref().and_then(|cgroup| cgroup.pids().ok());
         let context = self.context.clone();
