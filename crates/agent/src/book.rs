@@ -7,6 +7,7 @@ use std::{
     fs,
     future::Future,
     io::{self, Write},
+    os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{SystemTime, UNIX_EPOCH},
@@ -172,7 +173,8 @@ impl Book {
     /// Reads what is there. A record that cannot be read is named in the log
     /// and left alone.
     pub fn open(dir: &Path) -> io::Result<Arc<Book>> {
-        fs::create_dir_all(dir)?;
+        // What was moved where is for root alone.
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
         let mut records = BTreeMap::new();
         for entry in fs::read_dir(dir)? {
             let path = entry?.path();

@@ -85,7 +85,14 @@ pub async fn depart<S: Source>(
 ) -> Departure {
     channel.writer.set_deadline(limits::TAKEN);
     let watch = Stopwatch::start(Phase::Offer);
-    let mut run = Run { channel, watch, progress, layer: Totals::default(), image_bytes: 0 };
+    let mut run = Run {
+        channel,
+        watch,
+        progress,
+        layer: Totals::default(),
+        image_bytes: 0,
+        epoch: manifest.epoch,
+    };
     let dumped = tokio::select! {
         done = run.until_prepared(source, manifest) => done,
         () = cancel.cancelled() => Err(MigrationError::Cancelled),
@@ -151,6 +158,7 @@ struct Run<'a> {
     progress: &'a (dyn Fn(Progress) + Send + Sync),
     layer: Totals,
     image_bytes: u64,
+    epoch: u64,
 }
 
 impl Run<'_> {
@@ -179,6 +187,7 @@ impl Run<'_> {
         let mut before = None;
         let mut number = 0;
         if let Some(layer) = &layer {
+            let mut previous = None;
             loop {
                 number += 1;
                 let pass = Pass { number, last: false };
@@ -186,11 +195,15 @@ impl Run<'_> {
                     send_pass(&mut self.channel.writer, layer, pass, before).await?;
                 self.count(totals);
                 before = Some(index);
+                // The target writes the pass to its disk before it answers.
+                self.channel.reader.set_deadline(limits::PASS);
                 self.expect_pass_done(number).await?;
-                if totals.bytes < limits::SMALL_PASS || number >= limits::PASSES {
+                if is_enough(number, totals.bytes, previous) {
                     break;
                 }
+                previous = Some(totals.bytes);
             }
+            self.channel.reader.set_deadline(limits::FRAME);
         }
 
         self.enter(Phase::Freeze);
@@ -253,7 +266,7 @@ impl Run<'_> {
     /// Sends the commit and reads the answer. Only the target's own word
     /// proves anything; everything else is silence.
     async fn ask(&mut self) -> (Answer, Option<u32>, Option<MigrationError>) {
-        let commit = say(&mut self.channel.writer, Message::Commit(Commit { epoch: 0 }));
+        let commit = say(&mut self.channel.writer, Message::Commit(Commit { epoch: self.epoch }));
         let answer = async {
             commit.await?;
             self.channel.reader.set_deadline(limits::COMMIT);
@@ -326,6 +339,13 @@ impl Run<'_> {
     }
 }
 
+/// Whether the container may freeze after this pass: the rest is small, or
+/// it will not become smaller (a layer on tmpfs is sent whole every time).
+fn is_enough(number: u32, bytes: u64, previous: Option<u64>) -> bool {
+    let shrinks = previous.is_none_or(|previous| bytes <= previous / 2);
+    bytes < limits::SMALL_PASS || number >= limits::PASSES || !shrinks
+}
+
 fn refusal(reason: &str, log: &str) -> MigrationError {
     let mut reason = reason.to_owned();
     if !log.is_empty() {
@@ -333,4 +353,25 @@ fn refusal(reason: &str, log: &str) -> MigrationError {
         reason.push_str(log);
     }
     MigrationError::Peer(Refusal::new(Code::Runtime, reason, ""))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn passes_end_when_the_rest_is_small_or_stays_large() {
+        const GIB: u64 = 1 << 30;
+        for (number, bytes, previous, enough) in [
+            (1, 0, None, true),
+            (1, limits::SMALL_PASS - 1, None, true),
+            (1, GIB, None, false),
+            (2, GIB / 10, Some(GIB), false),
+            (2, GIB, Some(GIB), true),
+            (2, GIB - 1, Some(GIB), true),
+            (limits::PASSES, GIB / 100, Some(GIB), true),
+        ] {
+            assert_eq!(is_enough(number, bytes, previous), enough, "{number} {bytes} {previous:?}");
+        }
+    }
 }

@@ -112,7 +112,7 @@ async fn until_commit<T: Target>(
     channel.reader.set_deadline(limits::COMMIT);
     say(&mut channel.writer, Message::Prepared(Prepared {})).await?;
     match hear_source(channel).await? {
-        Message::Commit(_) => Ok(()),
+        Message::Commit(commit) if commit.epoch == manifest.epoch => Ok(()),
         _ => Err(MigrationError::malformed("no commit after prepared")),
     }
 }

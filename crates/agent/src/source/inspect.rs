@@ -72,7 +72,11 @@ pub fn refusals_of(
         Some(status) => format!("the task of {key} is {}", status.as_str()),
         None => format!("{key} has no task"),
     };
-    vec![Refusal::new(Code::NotRunning, state, "only a running container can be moved; start it")]
+    let remedy = match task.map(|t| t.status) {
+        Some(TaskStatus::Paused) => "only a running container can be moved; resume it",
+        _ => "only a running container can be moved; start it",
+    };
+    vec![Refusal::new(Code::NotRunning, state, remedy)]
 }
 
 async fn content(node: &Node, key: &ContainerKey) -> Step<(Vec<Descriptor>, Vec<String>)> {
