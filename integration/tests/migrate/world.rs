@@ -92,11 +92,9 @@ impl World {
         self.nothing_on_b()
     }
 
-    /// `migrate` that must be refused with this code; the container runs on.
-    pub fn refused(&self, id: &str, flags: &[&str], code: &str) -> Result<Refused> {
-        let mut arguments = vec!["migrate", id, "--to", self.b.name()];
-        arguments.extend(flags);
-        refused_with(self.a.transship(&arguments)?, code)
+    pub fn nothing_left_but(&self, fine: impl Fn(&str) -> bool) -> Result<()> {
+        self.a.nothing_but(&self.before.0, &fine)?;
+        self.b.nothing_but(&self.before.1, &fine)
     }
 }
 
