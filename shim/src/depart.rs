@@ -18,6 +18,7 @@ use crate::{
     container::{Context, Occupation},
     error::Error,
     held::Held,
+    netns,
     restore::DESCRIPTORS,
 };
 
@@ -183,6 +184,10 @@ impl Source for Leaving {
             freezing(cgroup, false).await.map_err(step("thaw"))?;
         }
         if std::mem::take(&mut self.released) {
+            // One that was killed could not do it itself.
+            if undone.is_ok() {
+                netns::unlock(self.occupation.pid()).await;
+            }
             self.occupation.thawed().await.map_err(step("thaw"))?;
         }
         undone

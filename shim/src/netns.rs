@@ -6,7 +6,7 @@
 //! container to itself cannot even be restored. So we do it, between the
 //! making of the namespace and the restore of the sockets.
 
-use std::{fs::File, io, thread};
+use std::{fs::File, io, process::Command, thread};
 
 use nix::{
     ifaddrs::getifaddrs,
@@ -38,6 +38,37 @@ pub async fn set_up(pid: i32) {
         // does fails to restore, and then this is the reason.
         tracing::warn!(error = error.sentence(), "no loopback interface");
     }
+}
+
+/// Removes the packet filter of a CRIU that was killed: it drops every packet
+/// of the container, for good. For a namespace that is the container's own,
+/// with no CRIU at work in it.
+pub async fn unlock(pid: i32) {
+    if let Err(error) = inside(pid, remove_locks).await {
+        tracing::warn!(error = error.sentence(), "CRIU's packet filter may still be there");
+    }
+}
+
+fn remove_locks() -> io::Result<()> {
+    let listed = match Command::new("nft").args(["list", "tables", "inet"]).output() {
+        // Then CRIU has used iptables, and this is not for us.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        listed => listed?,
+    };
+    for table in locks(&String::from_utf8_lossy(&listed.stdout)) {
+        tracing::warn!(table, "CRIU has left its packet filter behind");
+        let removed = Command::new("nft").args(["delete", "table", "inet", table]).output()?;
+        if !removed.status.success() {
+            return Err(io::Error::other(String::from_utf8_lossy(&removed.stderr).into_owned()));
+        }
+    }
+    Ok(())
+}
+
+/// As CRIU names them (`network_lock_nftables_internal`).
+fn locks(listed: &str) -> impl Iterator<Item = &str> {
+    let names = listed.lines().filter_map(|line| line.strip_prefix("table inet "));
+    names.filter(|name| name.starts_with("CRIU-"))
 }
 
 /// Interfaces beside loopback that are up in the namespace of `pid`.
@@ -83,6 +114,13 @@ async fn inside<T: Send + 'static>(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_criu_s_own_tables_are_locks() {
+        let listed = "table inet filter\ntable inet CRIU-c84d21ca-8505\ntable ip CRIU-1\n";
+        assert_eq!(locks(listed).collect::<Vec<_>>(), ["CRIU-c84d21ca-8505"]);
+        assert_eq!(locks("").count(), 0);
+    }
 
     #[test]
     fn a_namespace_with_a_path_is_somebody_elses() {

@@ -15,6 +15,7 @@ use tokio::{io::AsyncWriteExt, process::Command};
 
 use crate::{
     error::{Error, Result},
+    mounts,
     options::RuntimeOptions,
 };
 
@@ -163,6 +164,7 @@ impl Oci {
     /// (the runtime drops it after a checkpoint that stopped the container)
     /// is what we want and no error.
     pub async fn delete(&self, id: &str, force: bool) -> Result<()> {
+        self.unmount_restore(id).await?;
         if !self.knows(id) {
             return Ok(());
         }
@@ -175,6 +177,21 @@ impl Oci {
             Err(_) if !self.knows(id) => Ok(()),
             done => done.map(drop),
         }
+    }
+
+    /// A `restore` that was killed leaves the root filesystem mounted a second
+    /// time, in the runtime's own directory (runc) or the bundle (crun). Whoever
+    /// removes that directory would remove the container's files with it.
+    pub async fn unmount_restore(&self, id: &str) -> Result<()> {
+        for directory in [self.root.join(id), self.log.with_file_name("")] {
+            let root = directory.join("criu-root");
+            if root.exists() {
+                mounts::unmount(&root).await?;
+                // Gone already, or not empty: then it is not what we came for.
+                let _ = fs::remove_dir(&root);
+            }
+        }
+        Ok(())
     }
 
     /// Where the log ends now; [`said_since`](Self::said_since) starts there.

@@ -22,7 +22,7 @@ use crate::{
     container::{Context, Revival},
     error::{Error, Result},
     held::Held,
-    mounts, netns,
+    netns,
 };
 
 /// Answers the pid of the first process.
@@ -140,15 +140,9 @@ async fn undo(context: Arc<Context>, held: Held) {
     if let Err(error) = held.abandon().await {
         warn!(error = chain(&error), "CRIU did not undo its restore well");
     }
-    let root = context.bundle.join("criu-root");
-    if !root.exists() {
-        return;
-    }
-    if let Err(error) = mounts::unmount(&root).await {
+    if let Err(error) = context.oci.unmount_restore(context.id()).await {
         warn!(error = error.sentence(), "the restore's mount is still there");
     }
-    // Gone already, or not empty: then it is not what we came for.
-    let _ = fs::remove_dir(&root);
 }
 
 /// A client of containerd pauses before it checkpoints, and CRIU puts a

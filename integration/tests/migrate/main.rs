@@ -3,6 +3,7 @@
 
 mod cancel;
 mod failures;
+mod faults;
 mod happy;
 mod refusals;
 mod world;
