@@ -126,6 +126,7 @@ impl control_ttrpc::Agent for Control {
             return Ok(CancelResponse { detail, ..Default::default() });
         };
         live.cancel.cancel();
+        tracing::info!(id = %record.migration, "asked to cancel");
         let mut watch = live.watch();
         let over = watch.wait_for(|v| v.end.is_some() || v.too_late.is_some() || v.in_doubt).await;
         let view = over.map(|v| v.clone()).unwrap_or_default();
