@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 use nix::sys::signal::Signal;
 use transship_integration::{agents::Command, eventually, images::Image};
 
-use crate::world::{World, count, counts_on, refused_with, runs_on, with_agents};
+use crate::world::{World, count, counts_on, refused_with, runs_on, unchanged, with_agents};
 
 const ID: &str = "staying";
 
@@ -14,9 +14,16 @@ fn begin(world: &World) -> Result<Command> {
     world.a.begin(&["migrate", ID, "--to", "b"])
 }
 
-/// SIGINT, as Ctrl-C sends it.
-fn interrupt(command: &Command) -> Result<()> {
-    command.process.signal(Signal::SIGINT)
+/// SIGINT, as Ctrl-C sends it; returns once the agent knows, so that what is
+/// held may go on.
+fn interrupt(world: &World, command: &Command) -> Result<()> {
+    let so_far = wishes(world);
+    command.process.signal(Signal::SIGINT)?;
+    eventually("the agent to know of the wish", || Ok(wishes(world) > so_far))
+}
+
+fn wishes(world: &World) -> usize {
+    world.a.agent_log().matches("asked to cancel").count()
 }
 
 /// It was cancelled, it runs, and nothing is left.
@@ -48,7 +55,7 @@ fn before_the_target_has_anything() -> Result<()> {
         b.signal_agent(Signal::SIGSTOP)?;
         let command = begin(world)?;
         a.await_phase(ID, "connect")?;
-        interrupt(&command)?;
+        interrupt(world, &command)?;
         let refused = refused_with(command.end()?, "cancelled")?;
         ensure!(refused.error["ending"] == "stayed-home", "{refused:#?}");
         b.signal_agent(Signal::SIGCONT)?;
@@ -60,7 +67,7 @@ fn before_the_target_has_anything() -> Result<()> {
         let command = begin(world)?;
         criu.await_one()?;
         a.await_phase(ID, "offer")?;
-        interrupt(&command)?;
+        interrupt(world, &command)?;
         criu.open()?;
         cancelled(world, command)?;
 
@@ -72,7 +79,7 @@ fn before_the_target_has_anything() -> Result<()> {
             Ok(b.ctr_ok(&["content", "active"])?.contains("transship")
                 || b.ctr_ok(&["content", "active"])?.lines().count() > 1)
         })?;
-        interrupt(&command)?;
+        interrupt(world, &command)?;
         a.fast()?;
         cancelled(world, command)?;
 
@@ -82,11 +89,11 @@ fn before_the_target_has_anything() -> Result<()> {
         let command = begin(world)?;
         a.await_phase(ID, "prepare")?;
         shim.await_one()?;
-        interrupt(&command)?;
+        interrupt(world, &command)?;
         shim.open()?;
         cancelled(world, command)?;
 
-        a.nothing_more(&here)?;
+        unchanged(a, &here)?;
         world.remove(a, ID)
     })
 }
@@ -110,7 +117,7 @@ fn while_the_shims_have_it() -> Result<()> {
         let command = begin(world)?;
         await_shims(world, "offer")?;
         criu.await_one()?;
-        interrupt(&command)?;
+        interrupt(world, &command)?;
         cancelled(world, command)?;
         criu.open()?;
 
@@ -120,7 +127,7 @@ fn while_the_shims_have_it() -> Result<()> {
         let command = begin(world)?;
         await_shims(world, "dump")?;
         criu.await_one()?;
-        interrupt(&command)?;
+        interrupt(world, &command)?;
         criu.open()?;
         cancelled(world, command)?;
 
@@ -129,7 +136,7 @@ fn while_the_shims_have_it() -> Result<()> {
         let command = begin(world)?;
         await_shims(world, "transfer")?;
         let still = count(a, ID)?;
-        interrupt(&command)?;
+        interrupt(world, &command)?;
         a.fast()?;
         cancelled(world, command)?;
         counts_on(a, ID, still)?;
@@ -140,7 +147,7 @@ fn while_the_shims_have_it() -> Result<()> {
         let command = begin(world)?;
         tar.await_one()?;
         await_shims(world, "restore")?;
-        interrupt(&command)?;
+        interrupt(world, &command)?;
         tar.open()?;
         cancelled(world, command)?;
 
@@ -150,11 +157,11 @@ fn while_the_shims_have_it() -> Result<()> {
         a.slow()?;
         let command = begin(world)?;
         await_shims(world, "prepare")?;
-        interrupt(&command)?;
+        interrupt(world, &command)?;
         a.fast()?;
         cancelled(world, command)?;
 
-        a.nothing_more(&here)?;
+        unchanged(a, &here)?;
         // And it can still be moved.
         a.migrate(ID)?;
         runs_on(b, ID)?;
@@ -189,9 +196,11 @@ fn by_time_and_by_command() -> Result<()> {
         ensure!(status["ending"] == "stayed-home" && status["role"] == "source", "{status}");
 
         criu.shut_for("swrk")?;
+        let so_far = wishes(world);
         let command = a.begin(&["migrate", ID, "--to", "b", "--timeout", "1"])?;
-        a.await_phase(ID, "dump")?;
-        eventually("the time to be up", || Ok(command.process.output().contains("time is up")))?;
+        // Wherever it is by then: it gets no further than the gate.
+        eventually("the time to be up", || Ok(wishes(world) > so_far))?;
+        ensure!(command.process.output().contains("time is up"));
         criu.open()?;
         cancelled(world, command)?;
         world.remove(a, ID)

@@ -5,7 +5,7 @@ use anyhow::{Result, ensure};
 use nix::sys::signal::Signal;
 use transship_integration::{eventually, until};
 
-use crate::world::{COUNTER, World, counts_on, refused_with, runs_on, with_agents};
+use crate::world::{COUNTER, World, counts_on, refused_with, runs_on, unchanged, with_agents};
 
 const ID: &str = "lucky";
 
@@ -39,7 +39,7 @@ fn a_restore_that_fails() -> Result<()> {
         let pongs = || Ok::<_, anyhow::Error>(crate::world::read(a, ID, "/tmp/pongs")?.len());
         let so_far = pongs()?;
         eventually("the connection to go on", || Ok(pongs()? > so_far))?;
-        a.nothing_more(&here)?;
+        unchanged(a, &here)?;
         b.nothing_more(&before)?;
 
         b.sh("echo what it has open > /run/shared/file")?;
@@ -68,7 +68,7 @@ fn the_targets_agent_dies() -> Result<()> {
         shim.open()?;
         b.start_agent()?;
         world.nothing_on_b()?;
-        a.nothing_more(&here)?;
+        unchanged(a, &here)?;
 
         // While the shims have it: they need no agent.
         let tar = b.gate("tar")?;
@@ -112,7 +112,7 @@ fn the_sources_agent_dies() -> Result<()> {
             Ok(ending.filter(|ending| ending != "running" && ending != "in-doubt"))
         })?;
         ensure!(ending == "stayed-home", "{ending}");
-        a.nothing_more(&here)?;
+        unchanged(a, &here)?;
         runs_on(a, ID)?;
         a.migrate(ID)?;
         runs_on(b, ID)?;
@@ -137,7 +137,7 @@ fn the_targets_shim_and_daemon_die() -> Result<()> {
         runs_on(a, ID)?;
         tar.open()?;
         world.nothing_on_b()?;
-        a.nothing_more(&here)?;
+        unchanged(a, &here)?;
 
         // The daemon is not needed until the container runs, and then again.
         tar.shut()?;
@@ -179,7 +179,7 @@ fn the_link_breaks() -> Result<()> {
         ensure!(refused.error["ending"] == "stayed-home", "{refused:#?}");
         runs_on(a, ID)?;
         world.nothing_on_b()?;
-        a.nothing_more(&here)?;
+        unchanged(a, &here)?;
         world.remove(a, ID)
     })
 }

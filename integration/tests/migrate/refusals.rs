@@ -12,7 +12,7 @@ use transship_integration::{
     images::Image,
 };
 
-use crate::world::{World, refused_with, runs_on, with_agents};
+use crate::world::{World, refused_with, runs_on, unchanged, with_agents};
 
 /// Refused with `code`, with a remedy, with these words in the reason; nothing
 /// has changed on either node.
@@ -26,7 +26,7 @@ fn refuses_to(world: &World, id: &str, to: &str, code: &str, words: &str) -> Res
     ensure!(!refused.remedy.is_empty(), "no remedy: {refused:#?}");
     ensure!(refused.reason.contains(words), "no {words:?}: {refused:#?}");
     ensure!(refused.error["ending"] == "stayed-home", "{refused:#?}");
-    world.a.nothing_more(&here)?;
+    unchanged(&world.a, &here)?;
     world.nothing_on_b()
 }
 
