@@ -16,7 +16,7 @@ use transship_migration::{
     Journal, Manifest, MigrationError, Target,
     journal::{Role, Subject},
 };
-use transship_types::{Epoch, NodeName, Ticket, paths::STATE_DIR};
+use transship_types::{Epoch, NodeName, Ticket, paths};
 
 use crate::{
     container::Revival,
@@ -160,6 +160,6 @@ impl Target for Landing<'_> {
             peer: self.peer.clone(),
             epoch: Epoch(manifest.epoch),
         };
-        Journal::create(&PathBuf::from(STATE_DIR).join("journal"), subject)
+        Journal::create(&paths::journal_dir(), subject)
     }
 }

@@ -33,7 +33,7 @@ use transship_migration::{
     journal::{Role, Subject},
     settle,
 };
-use transship_types::{Epoch, MigrationId, NodeName, Ticket, paths::STATE_DIR};
+use transship_types::{Epoch, MigrationId, NodeName, Ticket, paths};
 
 use crate::{
     depart::Leaving,
@@ -139,7 +139,7 @@ impl Shim for Control {
         let (id, migration) = (order.id.clone(), order.migration.clone());
         let (key, cancel_it) = (container.key().clone(), cancel.clone());
         let (doubt, doubtful) = oneshot::channel();
-        let journal = PathBuf::from(STATE_DIR).join("journal");
+        let journal = paths::journal_dir();
         // A task of its own: it must reach an ending even if the agent, whose
         // call this is, goes away.
         tokio::spawn(
@@ -257,19 +257,15 @@ async fn run(
     ended: &watch::Sender<Option<Ending>>,
     doubt: oneshot::Sender<oneshot::Sender<Proof>>,
 ) {
-    let (departure, open) =
+    let (departure, ending, open) =
         attempt(&mut leaving, order, namespace, journals, cancel, &events).await;
-    let ending = match departure.ending.as_str() {
-        "departed" => Ending::Departed,
-        "in-doubt" => Ending::InDoubt,
-        _ => Ending::StayedHome,
-    };
-    // The container is free again before anybody hears of it.
-    let kept = (ending == Ending::InDoubt).then_some(leaving);
+    // Only a doubt leaves its journal open; otherwise the container is free
+    // again before anybody hears of it.
+    let kept = open.map(|journal| (leaving, journal));
     let mut event = DepartEvent::new();
     event.set_departure(departure);
     let (sender, proof) = oneshot::channel();
-    if let (Some(_), Some(_)) = (&kept, &open) {
+    if kept.is_some() {
         let _ = doubt.send(sender);
     } else {
         drop(doubt);
@@ -278,7 +274,7 @@ async fn run(
     // An agent that is gone asks again by migration.
     let _ = events.send(event).await;
     drop(events);
-    if let (Some(mut leaving), Some(journal)) = (kept, open)
+    if let Some((mut leaving, journal)) = kept
         && let Ok(proof) = proof.await
     {
         let settled = settle(&mut leaving, journal, proof.runs_there).await;
@@ -294,12 +290,12 @@ async fn attempt(
     journals: PathBuf,
     cancel: &CancellationToken,
     events: &mpsc::Sender<DepartEvent>,
-) -> (Departure, Option<Journal>) {
+) -> (Departure, Ending, Option<Journal>) {
     let stayed = |error: String| {
         let mut departure = Departure::new();
         departure.ending = Ending::StayedHome.as_str().into();
         departure.error = error;
-        (departure, None)
+        (departure, Ending::StayedHome, None)
     };
     let trust = match Trust::load(&order.credentials) {
         Ok(trust) => trust,
@@ -363,7 +359,7 @@ async fn attempt(
             entry
         })
         .collect();
-    (departure, done.doubt)
+    (departure, done.ending, done.doubt)
 }
 
 fn micros(time: Duration) -> u64 {

@@ -18,6 +18,11 @@ pub const ARRIVALS_SOCKET: &str = "/run/transship/arrivals.sock";
 /// Configuration of agent and shim.
 pub const CONFIG: &str = "/etc/transship/config.toml";
 
+/// Where shims record what was decided about a migration.
+pub fn journal_dir() -> PathBuf {
+    PathBuf::from(STATE_DIR).join("journal")
+}
+
 /// The control socket of the shim that owns `key`.
 ///
 /// Hashed because a namespace and an id together are longer than the 108
