@@ -23,10 +23,14 @@ fn a_restore_that_fails() -> Result<()> {
         // With a connection to itself, which must outlive all this.
         let script = format!(
             "exec 3< /shared/file; nc -l -p 5000 -e cat & \
-             (while true; do echo ping; sleep 0.05; done) | nc 127.0.0.1 5000 > /tmp/pongs & {COUNTER}"
+             (while true; do echo ping; sleep 0.05; done) | \
+             (until nc 127.0.0.1 5000; do sleep 0.05; done) > /tmp/pongs & {COUNTER}"
         );
         world.start(a, ID, &[bind], &script)?;
         counts_on(a, ID, 0)?;
+        let pongs = || Ok::<_, anyhow::Error>(crate::world::read(a, ID, "/tmp/pongs")?.len());
+        // The client may have come before the server listened, and try again.
+        eventually("the connection to carry something", || Ok(pongs()? > 0))?;
         let here = a.inventory()?;
 
         let refused = refused_with(a.transship(&["migrate", ID, "--to", "b"])?, "runtime")?;
@@ -36,7 +40,6 @@ fn a_restore_that_fails() -> Result<()> {
         );
         ensure!(refused.error["ending"] == "stayed-home", "{refused:#?}");
         runs_on(a, ID)?;
-        let pongs = || Ok::<_, anyhow::Error>(crate::world::read(a, ID, "/tmp/pongs")?.len());
         let so_far = pongs()?;
         eventually("the connection to go on", || Ok(pongs()? > so_far))?;
         unchanged(a, &here)?;
