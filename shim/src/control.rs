@@ -330,6 +330,8 @@ async fn attempt(
         epoch,
         remembered: None,
         descriptors: String::new(),
+        lanes: 0,
+        memory_bytes: 0,
     };
     let progress = |progress: transship_migration::Progress| {
         let mut message = Progress::new();

@@ -74,6 +74,8 @@ pub fn manifest() -> Manifest {
         epoch: subject.epoch.0,
         remembered: None,
         descriptors: String::new(),
+        lanes: 0,
+        memory_bytes: 0,
     }
 }
 

@@ -3,10 +3,12 @@
 #![forbid(unsafe_code)]
 
 mod name;
+mod page;
 pub mod paths;
 mod refusal;
 
 pub use name::{ContainerKey, DOMAIN, Epoch, InvalidName, MigrationId, NodeName, Ticket};
+pub use page::{ADDRESS_LIMIT, InvalidRange, PAGE, PageRange, PageSet, Space};
 pub use refusal::{Code, Refusal};
 
 /// Version of the protocol between nodes (docs/protocol.md). A node refuses a

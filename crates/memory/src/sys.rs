@@ -1,0 +1,3 @@
+//! System calls that no crate wraps, and the layouts the kernel gives them.
+
+pub mod uffd;

@@ -1,0 +1,1 @@
+//! userfaultfd(2) and ioctl_userfaultfd(2).
