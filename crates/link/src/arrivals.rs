@@ -4,12 +4,13 @@
 //! The shim connects to the agent's arrivals socket and writes its ticket (32
 //! hex digits). It then waits; the agent answers once with a JSON object, and
 //! in the good case with the TCP socket beside it, and closes. Nothing has
-//! been read from that socket: TLS ends in the shim.
+//! been read from that socket: TLS ends in the shim. A shim that expects more
+//! connections under its ticket asks again for each.
 
 mod agent;
 mod shim;
 
-pub use agent::{Arrivals, Registration};
+pub use agent::{Arrivals, CONNECTIONS, Registration};
 pub use shim::{Arrival, wait, wait_at};
 
 use std::path::PathBuf;

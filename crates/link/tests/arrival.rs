@@ -14,7 +14,7 @@ use tokio::{
 };
 use transship_link::{
     LinkError, Route,
-    arrivals::{Arrivals, wait_at},
+    arrivals::{Arrivals, CONNECTIONS, wait_at},
     connect_agent, connect_ticket, route, turn_away,
 };
 use transship_types::{Code, Ticket};
@@ -83,9 +83,77 @@ async fn a_connection_reaches_the_shim_unread() {
     at_a.writer.data(b"pages").await.unwrap();
     assert_eq!(at_b.reader.data().await.unwrap().unwrap(), &b"pages"[..]);
 
-    // Single use.
-    let again = agent.arrivals.hand_over(&ticket(), sockets().await.0).await;
+    // Single use, unless the shim asks again.
+    let stray = sockets().await.0;
+    time::pause();
+    let again = agent.arrivals.hand_over(&ticket(), stray).await;
     assert_eq!(again.unwrap_err().code(), Code::Cancelled);
+}
+
+/// Each in its own runtime, as lanes have it, and told apart by what they say.
+#[tokio::test]
+async fn a_shim_that_asks_again_gets_the_next_connection() {
+    let agent = Agent::start();
+    let _registration = agent.arrivals.register(ticket(), node("a"), LONG);
+    let (listener, address) = listen().await;
+    for number in 0..3_u8 {
+        let shim = agent.shim();
+        let (a, address) = (agent.ca.trust("a"), address.clone());
+        let source = tokio::spawn(async move {
+            let mut channel = connect_ticket(&a, &address, &node("b"), &ticket()).await.unwrap();
+            channel.writer.data(&[number]).await.unwrap();
+            channel.writer.flush().await.unwrap();
+            channel
+        });
+        let (stream, _) = listener.accept().await.unwrap();
+        agent.arrivals.hand_over(&ticket(), stream).await.unwrap();
+        let arrival = shim.await.unwrap().unwrap();
+        let lane = std::thread::spawn(move || {
+            let mut runtime = tokio::runtime::Builder::new_current_thread();
+            runtime.enable_all().build().unwrap().block_on(async {
+                let mut channel = arrival.accept().await.unwrap();
+                channel.reader.data().await.unwrap().unwrap()
+            })
+        });
+        source.await.unwrap();
+        assert_eq!(lane.join().unwrap(), &[number][..]);
+    }
+}
+
+#[tokio::test]
+async fn a_ticket_is_used_up() {
+    let agent = Agent::start();
+    let _registration = agent.arrivals.register(ticket(), node("a"), LONG);
+    for _ in 0..CONNECTIONS {
+        let shim = agent.shim();
+        agent.arrivals.hand_over(&ticket(), sockets().await.0).await.unwrap();
+        shim.await.unwrap().unwrap();
+    }
+    let _shim = agent.shim();
+    let error = agent.arrivals.hand_over(&ticket(), sockets().await.0).await.unwrap_err();
+    assert!(matches!(&error, LinkError::Arrival(why) if why.contains("used up")), "{error}");
+}
+
+/// Two connections and one shim: the second waits for it to ask again.
+#[tokio::test]
+async fn connections_wait_for_their_turn() {
+    let agent = Agent::start();
+    let _registration = agent.arrivals.register(ticket(), node("a"), LONG);
+    let both = async {
+        let (one, two) = (sockets().await.0, sockets().await.0);
+        let ticket = ticket();
+        let (one, two) = tokio::join!(
+            agent.arrivals.hand_over(&ticket, one),
+            agent.arrivals.hand_over(&ticket, two)
+        );
+        one.and(two).unwrap();
+    };
+    let shims = async {
+        for _ in 0..2 {
+            agent.shim().await.unwrap().unwrap();
+        }
+    };
+    tokio::join!(both, shims);
 }
 
 #[tokio::test]
@@ -250,6 +318,19 @@ async fn two_shims_cannot_wait_under_one_ticket() {
     assert_eq!(second.code(), Code::Cancelled, "{second}");
     agent.arrivals.hand_over(&ticket(), sockets().await.0).await.unwrap();
     first.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_shim_may_stop_waiting_and_ask_again() {
+    let agent = Agent::start();
+    let registration = agent.arrivals.register(ticket(), node("a"), LONG);
+    let first = agent.shim();
+    registration.shim_waits().await.unwrap();
+    first.abort();
+    assert!(first.await.is_err());
+    let second = agent.shim();
+    agent.arrivals.hand_over(&ticket(), sockets().await.0).await.unwrap();
+    second.await.unwrap().unwrap();
 }
 
 /// The connection may be there before the shim is.

@@ -4,10 +4,12 @@
 use std::{
     collections::HashMap,
     io,
+    os::fd::AsRawFd,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
+use nix::sys::socket::{MsgFlags, recv};
 use tokio::{
     io::{AsyncReadExt, Interest},
     net::{TcpStream, UnixListener, UnixStream},
@@ -29,6 +31,10 @@ const SHIM: Duration = Duration::from_secs(10);
 /// Shims that have connected and not yet said their ticket.
 const ASKING: usize = 64;
 
+/// Connections under one ticket: the first carries the migration, and sixteen
+/// for pages are more than any link needs.
+pub const CONNECTIONS: u32 = 17;
+
 /// The tickets of this node.
 #[derive(Clone, Debug)]
 pub struct Arrivals(Arc<Inner>);
@@ -45,8 +51,10 @@ struct Slot {
     peer: NodeName,
     expires: Instant,
     shim: Option<UnixStream>,
-    /// A connection has come for it: there is no second one.
-    used: bool,
+    /// How many connections have come for it, whether they got through or not.
+    came: u32,
+    /// A shim has waited.
+    asked: bool,
 }
 
 impl Arrivals {
@@ -55,11 +63,13 @@ impl Arrivals {
         Self(Arc::new(Inner { credentials, slots, changed: Notify::new() }))
     }
 
-    /// Makes `ticket` valid for one connection from `peer` (which the shim
+    /// Makes `ticket` valid for connections from `peer` (which the shim
     /// checks, after its handshake) for `lifetime`, or until the registration
-    /// is dropped.
+    /// is dropped. Each is for a shim that asks for it: one that asks once
+    /// gets one, and whoever connects after that is turned away.
     pub fn register(&self, ticket: Ticket, peer: NodeName, lifetime: Duration) -> Registration {
-        let slot = Slot { peer, expires: Instant::now() + lifetime, shim: None, used: false };
+        let expires = Instant::now() + lifetime;
+        let slot = Slot { peer, expires, shim: None, came: 0, asked: false };
         self.slots().insert(ticket.clone(), slot);
         Registration { ticket, arrivals: self.clone() }
     }
@@ -105,33 +115,29 @@ impl Arrivals {
             Some(slot) if slot.expires <= Instant::now() => {
                 return Some((shim, "the ticket has expired"));
             }
-            Some(Slot { shim: Some(_), .. }) => {
+            Some(Slot { shim: Some(waits), .. }) if !has_left(waits) => {
                 return Some((shim, "another shim waits under the ticket"));
             }
-            Some(slot) => slot.shim = Some(shim),
+            Some(slot) => {
+                slot.shim = Some(shim);
+                slot.asked = true;
+            }
         }
         self.0.changed.notify_waiters();
         None
     }
 
     /// Passes an accepted connection, unread, to the shim that waits for it.
-    /// Uses the ticket up, whether it works or not.
+    /// It counts against the ticket, whether it works or not.
     pub async fn hand_over(&self, ticket: &Ticket, stream: TcpStream) -> Result<(), LinkError> {
         match self.slots().get_mut(ticket) {
             None => return Err(refused("the ticket is not known here, or was cancelled")),
-            Some(slot) if slot.used => return Err(refused("the ticket was used before")),
-            Some(slot) => slot.used = true,
+            Some(slot) if slot.came >= CONNECTIONS => return Err(refused("the ticket is used up")),
+            Some(slot) => slot.came += 1,
         }
-        time::timeout(SHIM, self.until_shim_waits(ticket))
+        let (shim, peer) = time::timeout(SHIM, self.waiting_shim(ticket))
             .await
             .map_err(|_| refused("no shim waits under the ticket"))??;
-        let slot = self.slots().remove(ticket);
-        let Some(Slot { peer, expires, shim: Some(shim), .. }) = slot else {
-            return Err(refused("the ticket was cancelled"));
-        };
-        if expires <= Instant::now() {
-            return Err(refused("the ticket has expired"));
-        }
         let Credentials { ca, certificate, key } = self.0.credentials.clone();
         let answer = Answer::Granted { ca, certificate, key, peer };
         send(&shim, &answer, Some(&stream)).await.map_err(|source| LinkError::Socket {
@@ -140,14 +146,32 @@ impl Arrivals {
         })
     }
 
-    async fn until_shim_waits(&self, ticket: &Ticket) -> Result<(), LinkError> {
+    /// Takes the shim that waits, or the next one that will.
+    async fn waiting_shim(&self, ticket: &Ticket) -> Result<(UnixStream, NodeName), LinkError> {
+        self.until(ticket, |slot| {
+            if slot.expires <= Instant::now() {
+                return Some(Err(refused("the ticket has expired")));
+            }
+            let shim = slot.shim.take().filter(|shim| !has_left(shim))?;
+            Some(Ok((shim, slot.peer.clone())))
+        })
+        .await?
+    }
+
+    /// Looks at the ticket's slot now and after every change, until `look`
+    /// has found what it looks for.
+    async fn until<T>(
+        &self,
+        ticket: &Ticket,
+        look: impl Fn(&mut Slot) -> Option<T>,
+    ) -> Result<T, LinkError> {
         loop {
             // Before the look, so that no change is missed between the two.
             let changed = self.0.changed.notified();
-            match self.slots().get(ticket) {
+            match self.slots().get_mut(ticket).map(&look) {
                 None => return Err(refused("the ticket was cancelled")),
-                Some(Slot { shim: Some(_), .. }) => return Ok(()),
-                Some(_) => {}
+                Some(Some(found)) => return Ok(found),
+                Some(None) => {}
             }
             changed.await;
         }
@@ -174,9 +198,9 @@ impl Registration {
         &self.ticket
     }
 
-    /// Resolves once a shim waits under the ticket.
+    /// Resolves once a shim waits under the ticket, or has waited.
     pub async fn shim_waits(&self) -> Result<(), LinkError> {
-        self.arrivals.until_shim_waits(&self.ticket).await
+        self.arrivals.until(&self.ticket, |slot| slot.asked.then_some(())).await
     }
 }
 
@@ -186,6 +210,12 @@ impl Drop for Registration {
         self.arrivals.slots().remove(&self.ticket);
         self.arrivals.0.changed.notify_waiters();
     }
+}
+
+/// A shim that stopped waiting and may ask again.
+fn has_left(shim: &UnixStream) -> bool {
+    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+    matches!(recv(shim.as_raw_fd(), &mut [0], flags), Ok(0))
 }
 
 fn refused(reason: &str) -> LinkError {

@@ -15,7 +15,8 @@ use crate::{Channel, Credentials, LinkError, Trust, accept, sys};
 /// A connection that came for us, unread.
 #[derive(Debug)]
 pub struct Arrival {
-    pub stream: TcpStream,
+    /// Belongs to no runtime yet: whichever drives the handshake gets it.
+    pub stream: std::net::TcpStream,
     pub credentials: Credentials,
     /// The only node that may be at its other end.
     pub peer: NodeName,
@@ -24,7 +25,11 @@ pub struct Arrival {
 impl Arrival {
     /// The handshake, and the check that it is the node we wait for.
     pub async fn accept(self) -> Result<Channel, LinkError> {
-        let channel = accept(&Trust::load(&self.credentials)?, self.stream).await?;
+        let stream = TcpStream::from_std(self.stream).map_err(|source| LinkError::Socket {
+            what: "taking a connection over".into(),
+            source,
+        })?;
+        let channel = accept(&Trust::load(&self.credentials)?, stream).await?;
         if channel.peer == self.peer {
             return Ok(channel);
         }
@@ -35,8 +40,8 @@ impl Arrival {
     }
 }
 
-/// Waits at the node's agent for the connection of `ticket`. Cancel by
-/// dropping.
+/// Waits at the node's agent for a connection under `ticket`: the first call
+/// gets the first, each later one the next. Cancel by dropping.
 pub async fn wait(ticket: &Ticket, deadline: Duration) -> Result<Arrival, LinkError> {
     wait_at(Path::new(ARRIVALS_SOCKET), ticket, deadline).await
 }
@@ -99,8 +104,8 @@ async fn answer(agent: &UnixStream) -> io::Result<(Vec<u8>, Option<OwnedFd>)> {
     }
 }
 
-fn into_stream(descriptor: OwnedFd) -> io::Result<TcpStream> {
+fn into_stream(descriptor: OwnedFd) -> io::Result<std::net::TcpStream> {
     let stream = std::net::TcpStream::from(descriptor);
     stream.set_nonblocking(true)?;
-    TcpStream::from_std(stream)
+    Ok(stream)
 }
