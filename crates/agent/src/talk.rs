@@ -61,6 +61,9 @@ pub fn out_of_place(peer: &impl std::fmt::Display, message: &Message) -> Failure
         Message::Discarded(_) => "Discarded",
         Message::Inquiry(_) => "Inquiry",
         Message::Standing(_) => "Standing",
+        Message::Consider(_) => "Consider",
+        Message::LinkProbe(_) => "LinkProbe",
+        Message::LinkProbed(_) => "LinkProbed",
     };
     Failure::new(
         Code::Malformed,

@@ -5,7 +5,9 @@
 mod name;
 mod page;
 pub mod paths;
+pub mod quantity;
 mod refusal;
+pub mod tuning;
 
 pub use name::{ContainerKey, DOMAIN, Epoch, InvalidName, MigrationId, NodeName, Ticket};
 pub use page::{ADDRESS_LIMIT, InvalidRange, PAGE, PageRange, PageSet, Space};
