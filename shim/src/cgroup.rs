@@ -8,6 +8,7 @@
 mod metrics_v1;
 mod metrics_v2;
 pub mod oom;
+pub mod throttle;
 
 use std::{
     collections::BTreeMap,
@@ -19,6 +20,10 @@ use std::{
 
 use containerd_shim_protos::protobuf::{Message, well_known_types::any::Any};
 use libcgroups::common::{read_cgroup_file, write_cgroup_file_str};
+use nix::{
+    sys::signal::{self, Signal},
+    unistd::Pid,
+};
 
 use crate::{
     error::{Error, Result},
@@ -29,6 +34,7 @@ use crate::{
 /// there fails it.
 const FREEZE_LIMIT: Duration = Duration::from_secs(10);
 const FREEZE_POLL: Duration = Duration::from_millis(1);
+const KILL_POLL: Duration = Duration::from_millis(5);
 
 /// Where a container's groups lie.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -133,6 +139,56 @@ impl Cgroup {
     /// Lets them run again.
     pub fn thaw(&self) -> Result<()> {
         self.set_frozen(false)
+    }
+
+    /// Ends every process of the group, frozen or not, without one of them
+    /// running another instruction; returns once none is left. Blocks.
+    pub fn kill(&self, limit: Duration) -> Result<()> {
+        let start = Instant::now();
+        loop {
+            let pids = match self.pids() {
+                Ok(pids) => pids,
+                // Everybody has gone, and so has the group.
+                Err(_) if !self.exists() => return Ok(()),
+                Err(error) => return Err(error),
+            };
+            for pid in &pids {
+                // Gone already is what we want.
+                let _ = signal::kill(Pid::from_raw(*pid as i32), Signal::SIGKILL);
+            }
+            // Frozen processes of a v1 hierarchy die only once thawed; the
+            // signal is there first, so none of them runs an instruction.
+            let thawed = if self.is_thawed() { Ok(()) } else { self.thaw() };
+            if let Err(error) = thawed
+                && self.exists()
+            {
+                return Err(error);
+            }
+            if pids.is_empty() {
+                return Ok(());
+            }
+            if start.elapsed() > limit {
+                return Err(Error::Internal(format!(
+                    "{} killed processes did not end within {} s",
+                    pids.len(),
+                    limit.as_secs()
+                )));
+            }
+            thread::sleep(KILL_POLL);
+        }
+    }
+
+    /// On v1 a group that freezes only says FREEZING as long as one process
+    /// does not stop, and a killed one does not.
+    fn is_thawed(&self) -> bool {
+        match self {
+            Cgroup::V1(directories) => directories.get("freezer").is_none_or(|directory| {
+                read(&directory.join("freezer.state")).is_ok_and(|state| state.trim() == "THAWED")
+            }),
+            Cgroup::V2(directory) => {
+                read(&directory.join("cgroup.freeze")).is_ok_and(|state| state.trim() == "0")
+            }
+        }
     }
 
     /// Whether all processes stand still.
@@ -312,6 +368,37 @@ mod tests {
         assert_eq!(found, Cgroup::V2("/sys/fs/cgroup/system.slice/c.scope".into()));
         // Seen from a foreign cgroup namespace there is no path to it.
         assert_eq!(Cgroup::find("0::/../other\n", mounts), None);
+    }
+
+    /// On the hierarchy of this host.
+    #[test]
+    fn a_frozen_group_can_be_killed() {
+        let own = Cgroup::of_process(std::process::id() as i32).unwrap();
+        let name = format!("transship-kill-{}", std::process::id());
+        let mut child = std::process::Command::new("sleep").arg("600").spawn().unwrap();
+        let join = |directory: &Path| {
+            let group = directory.join(&name);
+            fs::create_dir(&group).unwrap();
+            fs::write(group.join("cgroup.procs"), child.id().to_string()).unwrap();
+            group
+        };
+        let group = match &own {
+            Cgroup::V1(all) => Cgroup::V1(BTreeMap::from([
+                ("freezer".to_owned(), join(&all["freezer"])),
+                ("pids".to_owned(), join(&all["pids"])),
+            ])),
+            Cgroup::V2(one) => Cgroup::V2(join(one)),
+        };
+        group.freeze().unwrap();
+        let killed = group.kill(Duration::from_secs(10));
+        let status = child.wait().unwrap();
+        match &group {
+            Cgroup::V1(all) => all.values().for_each(|one| fs::remove_dir(one).unwrap()),
+            Cgroup::V2(one) => fs::remove_dir(one).unwrap(),
+        }
+        killed.unwrap();
+        assert_eq!(status.to_string(), "signal: 9 (SIGKILL)");
+        assert!(group.kill(Duration::ZERO).is_ok(), "a group that is gone has nobody");
     }
 
     #[test]

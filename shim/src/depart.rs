@@ -3,11 +3,6 @@
 use std::{fs, path::PathBuf, time::Duration};
 
 use async_trait::async_trait;
-use nix::{
-    sys::signal::{self, Signal},
-    unistd::Pid,
-};
-use tokio::time::{Instant, sleep};
 use tracing::warn;
 use transship_criu::{Remembered, images::MemoryDir};
 use transship_migration::{Manifest, MigrationError, Source};
@@ -56,46 +51,19 @@ impl Leaving {
     /// No process of the container may ever run again here: it runs there.
     async fn kill(&self) -> Result<()> {
         let cgroup = self.occupation.cgroup().map_err(step("depart"))?;
-        let deadline = Instant::now() + END;
-        loop {
-            let pids = match cgroup.pids() {
-                Ok(pids) => pids,
-                // Everybody has gone, and so has the group.
-                Err(_) if !cgroup.exists() => return Ok(()),
-                Err(error) => return Err(step("depart")(error)),
-            };
-            for pid in &pids {
-                // Gone already is what we want.
-                let _ = signal::kill(Pid::from_raw(*pid as i32), Signal::SIGKILL);
-            }
-            // Frozen processes of a v1 hierarchy die only once thawed; the
-            // signal is there first, so none of them runs an instruction.
-            if self.guarded
-                && let Err(error) = freezing(cgroup, false).await
-                && cgroup.exists()
-            {
-                return Err(step("depart")(error));
-            }
-            if pids.is_empty() {
-                return Ok(());
-            }
-            if Instant::now() > deadline {
-                return Err(MigrationError::Timeout {
-                    what: "the end of the departed processes",
-                    seconds: END.as_secs(),
-                });
-            }
-            sleep(Duration::from_millis(5)).await;
-        }
+        blocking(cgroup, |cgroup| cgroup.kill(END)).await.map_err(step("depart"))
     }
 }
 
-/// Freezes or thaws, off the runtime's own thread: the kernel takes its time.
-async fn freezing(cgroup: &Cgroup, frozen: bool) -> std::result::Result<(), Error> {
+/// Freezes, thaws or kills off the runtime's own thread: the kernel takes its
+/// time.
+async fn blocking(
+    cgroup: &Cgroup,
+    work: impl FnOnce(&Cgroup) -> std::result::Result<(), Error> + Send + 'static,
+) -> std::result::Result<(), Error> {
     let cgroup = cgroup.clone();
-    let work = move || if frozen { cgroup.freeze() } else { cgroup.thaw() };
-    let joined = tokio::task::spawn_blocking(work).await;
-    joined.map_err(Error::other("change the freezer".to_owned()))?
+    let joined = tokio::task::spawn_blocking(move || work(&cgroup)).await;
+    joined.map_err(Error::other("change the container's cgroup".to_owned()))?
 }
 
 /// What of the container's file system travels.
@@ -168,7 +136,7 @@ impl Source for Leaving {
     async fn guard(&mut self) -> Result<()> {
         self.guarded = true;
         let cgroup = self.occupation.cgroup().map_err(step("freeze"))?;
-        freezing(cgroup, true).await.map_err(step("freeze"))?;
+        blocking(cgroup, Cgroup::freeze).await.map_err(step("freeze"))?;
         // A CRIU that was killed (out of memory, say) has let the tasks go on
         // after they were dumped: then what was dumped is not what is here.
         self.held()?.is_held("freeze")
@@ -181,7 +149,7 @@ impl Source for Leaving {
         };
         if std::mem::take(&mut self.guarded) {
             let cgroup = self.occupation.cgroup().map_err(step("thaw"))?;
-            freezing(cgroup, false).await.map_err(step("thaw"))?;
+            blocking(cgroup, Cgroup::thaw).await.map_err(step("thaw"))?;
         }
         if std::mem::take(&mut self.released) {
             // One that was killed could not do it itself.
