@@ -5,6 +5,7 @@
 // Allowed in `sys` alone.
 #![deny(unsafe_code)]
 
+pub mod codec;
 mod error;
 #[allow(unsafe_code)]
 mod sys;
