@@ -15,8 +15,9 @@ use transship_link::arrivals;
 use transship_migration::{
     Journal, Manifest, MigrationError, Target,
     journal::{Role, Subject},
+    report::Restored,
 };
-use transship_types::{Epoch, NodeName, Ticket, paths};
+use transship_types::{Epoch, NodeName, PageSet, Space, Ticket, paths};
 
 use crate::{
     container::Revival,
@@ -59,11 +60,12 @@ pub async fn arrive(
     let failed = format!("container {id} did not arrive from {peer}");
     let mut landing = Landing { revival, images, peer, ticket, remembered: None, held: None };
     let arrived = transship_migration::arrive(channel, &mut landing, ticket, cancel).await;
-    let pid = arrived.map_err(|error| match error {
+    let arrived = arrived.map_err(|error| match error {
         MigrationError::Cancelled => Error::killed_unborn(&id),
         error => Error::other(failed)(error),
     })?;
-    i32::try_from(pid).map_err(Error::other("a pid that is none"))
+    tokio::spawn(arrived.rest);
+    i32::try_from(arrived.pid).map_err(Error::other("a pid that is none"))
 }
 
 struct Landing<'a> {
@@ -114,7 +116,10 @@ impl Target for Landing<'_> {
         self.held.insert(held).lock_network_quickly().await
     }
 
-    async fn restore(&mut self) -> std::result::Result<(), MigrationError> {
+    async fn restore(
+        &mut self,
+        _present: Vec<(Space, PageSet)>,
+    ) -> std::result::Result<Restored, MigrationError> {
         let remembered = self.remembered.take();
         let spec = self.revival.context.spec();
         let spec = spec.map_err(|error| MigrationError::runtime("restore", error.sentence()))?;
@@ -123,7 +128,8 @@ impl Target for Landing<'_> {
         if let Some(remembered) = remembered {
             held.conversation()?.amend(|request| remembered.apply(request));
         }
-        held.bring_for_migration(fresh_network).await
+        held.bring_for_migration(fresh_network).await?;
+        Ok(Restored::default())
     }
 
     async fn resume(&mut self) -> std::result::Result<u32, MigrationError> {

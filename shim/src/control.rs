@@ -28,7 +28,7 @@ use transship_api::{
 };
 use transship_link::{Credentials, Trust, connect_ticket};
 use transship_migration::{
-    Journal, Manifest, chain, depart,
+    Journal, Manifest, Options, chain, depart,
     handoff::Ending,
     journal::{Role, Subject},
     settle,
@@ -342,7 +342,8 @@ async fn attempt(
         // A slow reader loses progress, never the ending.
         let _ = events.try_send(event);
     };
-    let done = depart(channel, leaving, manifest, journal, cancel, &progress).await;
+    let options = Options::default();
+    let done = depart(channel, leaving, manifest, journal, &options, cancel, &progress).await;
     let mut departure = Departure::new();
     departure.ending = done.ending.as_str().into();
     departure.error = done.error.as_ref().map(|error| chain(error)).unwrap_or_default();

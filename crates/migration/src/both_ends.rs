@@ -7,14 +7,15 @@ use tempfile::TempDir;
 use tokio::{io::duplex, task::AbortHandle};
 use tokio_util::sync::CancellationToken;
 use transship_link::{BoxRead, BoxWrite, Channel};
-use transship_types::Ticket;
+use transship_types::{PageSet, Space, Ticket};
 use transship_wire::{Reader, Writer};
 
 use crate::{
-    Departure, Journal, MigrationError, Phase, Progress, arrive, depart,
+    Arrived, Departure, Journal, MigrationError, Options, Phase, Progress, arrive, depart,
     fake::{FakeSource, FakeTarget, Step, manifest, subject},
     handoff::Ending,
     journal::Role,
+    report::Restored,
     settle,
 };
 
@@ -48,7 +49,7 @@ struct World {
     source: FakeSource,
     target: FakeTarget,
     departure: Departure,
-    arrival: Result<u32, MigrationError>,
+    arrival: Result<Arrived, MigrationError>,
     directory: TempDir,
 }
 
@@ -76,7 +77,9 @@ impl World {
                 at(progress.phase, &cut, &cancel);
             }
         };
-        let departing = depart(near, &mut source, manifest(), journal, &cancel, &progress);
+        let options = Options::default();
+        let departing =
+            depart(near, &mut source, manifest(), journal, &options, &cancel, &progress);
         let arriving = arrive(far, &mut target, &ticket, &never);
         let both = async { tokio::join!(departing, arriving) };
         let (departure, arrival) =
@@ -112,7 +115,7 @@ async fn a_container_moves() {
     assert_eq!(world.departure.image_bytes, (3 << 20) + 9);
     assert!(world.source.ended && !world.source.is_running());
     assert!(world.target.running);
-    assert_eq!(world.arrival.unwrap(), 4242);
+    assert_eq!(world.arrival.unwrap().pid, 4242);
     assert!(is_empty(&world.directory.path().join("source-journal")));
     let phases: Vec<_> = world.departure.times.times().iter().map(|(phase, _)| *phase).collect();
     assert_eq!(phases, Phase::ORDER);
@@ -130,7 +133,7 @@ async fn a_failing_step_leaves_it_where_it_was() {
 async fn a_ticket_for_another_container_is_refused() {
     let world = World::run(None, None, Ticket::from_random([1; 16]), |_, _, _| {}).await;
     world.stayed_home("wrong ticket");
-    assert_eq!(world.arrival.unwrap_err().code(), transship_types::Code::Malformed);
+    assert_eq!(world.arrival.err().unwrap().code(), transship_types::Code::Malformed);
 }
 
 #[tokio::test]
@@ -211,8 +214,11 @@ async fn a_target_that_cannot_discard_does_not_refuse() {
         async fn prepare(&mut self, manifest: &crate::Manifest) -> Result<(), MigrationError> {
             self.0.prepare(manifest).await
         }
-        async fn restore(&mut self) -> Result<(), MigrationError> {
-            self.0.restore().await
+        async fn restore(
+            &mut self,
+            present: Vec<(Space, PageSet)>,
+        ) -> Result<Restored, MigrationError> {
+            self.0.restore(present).await
         }
         async fn resume(&mut self) -> Result<u32, MigrationError> {
             Err(MigrationError::runtime("resume", "it hangs"))
@@ -237,7 +243,8 @@ async fn a_target_that_cannot_discard_does_not_refuse() {
         let arrival = arrive(far, &mut target, &ticket, &never).await;
         assert!(arrival.is_err());
     };
-    let departing = depart(near, &mut source, manifest(), journal, &never, &|_| {});
+    let options = Options::default();
+    let departing = depart(near, &mut source, manifest(), journal, &options, &never, &|_| {});
     let (departure, ()) = tokio::join!(departing, arriving);
     assert_eq!(departure.ending, Ending::InDoubt);
     assert!(!source.is_running() && !source.ended);
@@ -258,7 +265,8 @@ async fn a_target_that_stops_reading_does_not_keep_it_frozen() {
         // Alive, and its link too; but it takes nothing any more.
         std::future::pending::<()>().await;
     };
-    let departing = depart(near, &mut source, manifest(), journal, &never, &|_| {});
+    let options = Options::default();
+    let departing = depart(near, &mut source, manifest(), journal, &options, &never, &|_| {});
     let departure = tokio::select! {
         departure = departing => departure,
         () = stopped => unreachable!(),

@@ -12,11 +12,12 @@ use std::{
 
 use async_trait::async_trait;
 use transship_rootfs::Layer;
-use transship_types::{Epoch, MigrationId, Ticket};
+use transship_types::{Epoch, MigrationId, PageSet, Space, Ticket};
 
 use crate::{
     Journal, Manifest, MigrationError, Source, Target,
     journal::{Role, Subject},
+    report::Restored,
 };
 
 /// The steps of both ends in which a fake can fail.
@@ -188,12 +189,15 @@ impl Target for FakeTarget {
         fail(self.fails, Step::TargetPrepare)
     }
 
-    async fn restore(&mut self) -> Result<(), MigrationError> {
+    async fn restore(
+        &mut self,
+        _present: Vec<(Space, PageSet)>,
+    ) -> Result<Restored, MigrationError> {
         fail(self.fails, Step::Restore)?;
         let pages = fs::read(self.images.join("pages-1.img"))
             .map_err(|source| MigrationError::Image { name: "pages-1.img".into(), source })?;
         assert!(pages.len() == 3 << 20 && pages.iter().all(|byte| *byte == 42));
-        Ok(())
+        Ok(Restored::default())
     }
 
     async fn resume(&mut self) -> Result<u32, MigrationError> {

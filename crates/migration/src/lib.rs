@@ -37,13 +37,16 @@ pub mod handoff;
 pub mod journal;
 mod lanes;
 mod limits;
+mod options;
 mod phase;
+pub mod report;
 mod source;
 mod target;
 
 pub use error::{DepartError, MigrationError, chain};
 pub use journal::Journal;
+pub use options::{Budget, Compress, LANES, MAX_LANES, Options, PostCopy, Throttle};
 pub use phase::{Phase, Stopwatch};
-pub use source::{Departure, Progress, Source, depart, settle};
-pub use target::{Target, arrive};
+pub use source::{Connect, Connecting, Departure, Progress, RoundProgress, Source, depart, settle};
+pub use target::{Arrived, Target, arrive};
 pub use transship_api::session::{Manifest, Remembered};

@@ -3,30 +3,40 @@
 //! ([`Ending::Departed`]), or is frozen here and nobody knows
 //! ([`Ending::InDoubt`]). Any failure before the commit means the first.
 
-use std::{path::PathBuf, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
+use futures::future::BoxFuture;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 use transship_api::session::{Commit, Pass, shim_message::Message};
-use transship_link::Channel;
+use transship_link::{Channel, LinkError};
+use transship_memory::Memory;
 use transship_rootfs::{Layer, Totals};
 use transship_types::{Code, Refusal};
 
 use crate::{
-    DepartError, Journal, Manifest, MigrationError, Phase, Stopwatch,
+    DepartError, Journal, Manifest, MigrationError, Options, Phase, Stopwatch,
     error::chain,
     handoff::{Answer, Ending, Frozen, Promised},
     journal::State,
     lanes::{hear, say, send_images, send_pass},
-    limits,
+    limits, report,
 };
+
+/// A connection under way. Nothing of it may belong to a runtime before it is
+/// first polled: that happens on the thread that will use it.
+pub type Connecting = BoxFuture<'static, Result<Channel, LinkError>>;
+
+/// Begins one more connection to the same target, under the same ticket.
+pub type Connect = Arc<dyn Fn() -> Connecting + Send + Sync>;
 
 /// The container on this node, as far as a departure needs it.
 ///
-/// Order of calls: `prepare`, `freeze`, `dump`, then `guard` and `leave`; at
-/// any point before `leave`, `thaw`.
+/// Order of calls: `prepare`, `freeze`, `hide`, `dump`, then `guard` and
+/// `leave`; at any point before `leave`, `thaw`. A source without `memory` or
+/// `connect` leaves all pages to CRIU's images, and its `hide` is not called.
 #[async_trait]
 pub trait Source: Send {
     /// Its writable layer, if its root filesystem has one that we can copy.
@@ -38,8 +48,28 @@ pub trait Source: Send {
     /// Adds what the restore needs and only `prepare` has found out: the
     /// options of the dump, and the OCI runtime's external descriptors.
     fn complete(&mut self, manifest: &mut Manifest) -> Result<(), MigrationError>;
-    /// Returns once every task stands still.
+    /// Its memory while it runs; asked for once, after `prepare`.
+    fn memory(&mut self) -> Option<Arc<dyn Memory>> {
+        None
+    }
+    /// How lanes for pages get to the target.
+    fn connect(&self) -> Option<Connect> {
+        None
+    }
+    /// Takes away so many percent of the processor time that the container
+    /// uses by itself; `None`: nothing, as before. It runs.
+    fn throttle(&mut self, _percent: Option<u32>) -> Result<(), MigrationError> {
+        Err(MigrationError::runtime("throttle", "this container cannot be slowed down"))
+    }
+    /// Returns once every task stands still. CRIU has done nothing more than
+    /// stop them, and does not until `dump`.
     async fn freeze(&mut self) -> Result<(), MigrationError>;
+    /// Makes CRIU believe that the tasks have no pages of their own; or says
+    /// why that cannot be, and CRIU will save them all. The last scan runs
+    /// beside it.
+    async fn hide(&mut self) -> Result<Option<String>, MigrationError> {
+        Ok(Some("the pages of this container cannot be hidden from CRIU".into()))
+    }
     /// Returns once every image is complete; the tasks still stand.
     async fn dump(&mut self) -> Result<(), MigrationError>;
     /// A second guard, so that the tasks stand still even if this process or
@@ -56,7 +86,23 @@ pub trait Source: Send {
 #[derive(Debug, Clone, Copy)]
 pub struct Progress {
     pub phase: Phase,
+    /// What has been sent in this phase.
     pub bytes: u64,
+    /// In [`Phase::Rounds`] only.
+    pub round: Option<RoundProgress>,
+}
+
+/// How near the rounds are to their end.
+#[derive(Debug, Clone, Copy)]
+pub struct RoundProgress {
+    /// From 1 on.
+    pub number: u32,
+    /// What a freeze now would have to move, as of the last look.
+    pub dirty_bytes: u64,
+    /// Bytes per second that the lanes carry; 0: not known yet.
+    pub rate: u64,
+    /// What the pause would be if the freeze came now; 0: not known yet.
+    pub expected_downtime: Duration,
 }
 
 /// How a departure ended.
@@ -70,6 +116,8 @@ pub struct Departure {
     pub times: Stopwatch,
     pub layer: Totals,
     pub image_bytes: u64,
+    /// Missing if its pages travelled in CRIU's images.
+    pub memory: Option<report::Memory>,
     /// In doubt only: what [`settle`] needs once there is proof.
     pub doubt: Option<Journal>,
 }
@@ -80,6 +128,7 @@ pub async fn depart<S: Source>(
     source: &mut S,
     manifest: Manifest,
     journal: Journal,
+    _options: &Options,
     cancel: &CancellationToken,
     progress: &(dyn Fn(Progress) + Send + Sync),
 ) -> Departure {
@@ -113,6 +162,7 @@ pub async fn depart<S: Source>(
         times: run.watch,
         layer: run.layer,
         image_bytes: run.image_bytes,
+        memory: None,
         doubt: outcome.doubt,
     }
 }
@@ -165,7 +215,7 @@ impl Run<'_> {
     fn enter(&mut self, phase: Phase) {
         self.watch.enter(phase);
         info!(%phase, "phase");
-        (self.progress)(Progress { phase, bytes: 0 });
+        (self.progress)(Progress { phase, bytes: 0, round: None });
     }
 
     async fn until_prepared<S: Source>(
@@ -173,7 +223,7 @@ impl Run<'_> {
         source: &mut S,
         mut manifest: Manifest,
     ) -> Result<Dumped, MigrationError> {
-        (self.progress)(Progress { phase: Phase::Offer, bytes: 0 });
+        (self.progress)(Progress { phase: Phase::Offer, bytes: 0, round: None });
         // First of all, because the target's runtime wants to know what this
         // one finds out, and because a dump that cannot start need not travel.
         source.prepare().await?;
@@ -223,7 +273,7 @@ impl Run<'_> {
 
         self.enter(Phase::Transfer);
         let progress = self.progress;
-        let sent = move |bytes| progress(Progress { phase: Phase::Transfer, bytes });
+        let sent = move |bytes| progress(Progress { phase: Phase::Transfer, bytes, round: None });
         self.image_bytes = send_images(&mut self.channel.writer, source.images(), &sent).await?;
 
         self.enter(Phase::Restore);
@@ -313,7 +363,7 @@ impl Run<'_> {
         self.layer.entries += totals.entries;
         self.layer.bytes += totals.bytes;
         let bytes = self.layer.bytes;
-        (self.progress)(Progress { phase: self.watch.phase(), bytes });
+        (self.progress)(Progress { phase: self.watch.phase(), bytes, round: None });
     }
 
     async fn expect_waiting(&mut self) -> Result<(), MigrationError> {

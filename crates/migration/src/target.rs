@@ -1,10 +1,12 @@
 //! The arriving end. Contract: when [`arrive`] returns a pid, the container
-//! runs here; when it returns an error, nothing of it is left here and the
+//! runs here (its pages may still be on their way to their places, and
+//! [`Arrived::rest`] waits for them); when it returns an error, nothing of it is left here and the
 //! source has been told so, or has seen the link close before its commit.
 
 use std::{path::PathBuf, time::Duration};
 
 use async_trait::async_trait;
+use futures::future::{BoxFuture, FutureExt};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
@@ -12,7 +14,7 @@ use transship_api::session::{
     PassDone, Prepared, Refused, Running, Waiting, shim_message::Message,
 };
 use transship_link::Channel;
-use transship_types::{Code, Refusal, Ticket};
+use transship_types::{Code, PageSet, Refusal, Space, Ticket};
 
 use crate::{
     Journal, Manifest, MigrationError,
@@ -20,11 +22,14 @@ use crate::{
     journal::State,
     lanes::{hear, receive_image, receive_pass, say, sync},
     limits,
+    report::{Fill, Restored},
+    source::Connecting,
 };
 
 /// The container to be, as far as an arrival needs it.
 ///
-/// Order of calls: `prepare`, `restore`, `resume`; `discard` at any point.
+/// Order of calls: `prepare`, `restore`, `resume`, `filled`; `discard` at any
+/// point up to `resume`. A target without a store takes no pages by lane.
 #[async_trait]
 pub trait Target: Send {
     /// Its mounted root: passes are applied here.
@@ -33,15 +38,38 @@ pub trait Target: Send {
     fn images(&self) -> PathBuf;
     /// Starts everything a restore needs and holds it.
     async fn prepare(&mut self, manifest: &Manifest) -> Result<(), MigrationError>;
+    /// The next connection for pages that comes under the ticket.
+    async fn next_lane(&mut self) -> Result<Connecting, MigrationError> {
+        Err(MigrationError::malformed("a connection for pages that nobody waits for"))
+    }
     /// Returns once every process stands ready and not one instruction ran.
-    async fn restore(&mut self) -> Result<(), MigrationError>;
+    /// `present` are the pages that existed at the freeze; all of them are in
+    /// the store, and nothing else. Those that CRIU's images bring themselves
+    /// are as CRIU wrote them. Empty: the images have them all.
+    async fn restore(&mut self, present: Vec<(Space, PageSet)>)
+    -> Result<Restored, MigrationError>;
     /// Lets go. Returns the first process' id.
     async fn resume(&mut self) -> Result<u32, MigrationError>;
+    /// After `resume`: waits until every page is in its place, if any had to
+    /// be put there while it runs. `None` from the future: that did not go
+    /// well, and whoever did it has dealt with it.
+    fn filled(&mut self) -> Option<BoxFuture<'static, Option<Fill>>> {
+        None
+    }
     /// Kills and removes whatever was made, in any state. When it returns Ok,
     /// nothing of this container runs here or ever will.
     async fn discard(&mut self) -> Result<(), MigrationError>;
     /// The journal of this arrival, once it is known what arrives.
     fn journal(&self, manifest: &Manifest) -> Result<Journal, MigrationError>;
+}
+
+/// A container that runs here.
+pub struct Arrived {
+    /// Its first process.
+    pub pid: u32,
+    /// Waits until all its pages are in their places, and tells the source.
+    /// Nothing depends on it but figures; whoever drops it loses those.
+    pub rest: BoxFuture<'static, ()>,
 }
 
 /// Takes over the container at the other end of `channel`.
@@ -50,7 +78,7 @@ pub async fn arrive<T: Target>(
     target: &mut T,
     ticket: &Ticket,
     cancel: &CancellationToken,
-) -> Result<u32, MigrationError> {
+) -> Result<Arrived, MigrationError> {
     channel.writer.set_deadline(limits::TAKEN);
     let mut journal = None;
     let ready = tokio::select! {
@@ -68,7 +96,8 @@ pub async fn arrive<T: Target>(
                     warn!(error = chain(&error), "the source could not be told");
                 }
                 info!(pid, "arrived");
-                return Ok(pid);
+                let rest = futures::future::ready(()).boxed();
+                return Ok(Arrived { pid, rest });
             }
             Err(error) => error,
         },
@@ -101,7 +130,8 @@ async fn until_commit<T: Target>(
     // What the container had made durable must be so here before the source
     // gives it up; the disk works while CRIU does.
     let root = target.root();
-    let (restored, synced) = tokio::join!(timeout(limits::RESTORE, target.restore()), sync(root));
+    let (restored, synced) =
+        tokio::join!(timeout(limits::RESTORE, target.restore(Vec::new())), sync(root));
     restored.map_err(|_| MigrationError::Timeout {
         what: "CRIU's restore",
         seconds: limits::RESTORE.as_secs(),

@@ -1,0 +1,89 @@
+//! What became of the memory: figures for the report, as plain values.
+//!
+//! Names follow `MemoryReport` of `proto/control.proto`, and that follows
+//! QEMU's `query-migrate`.
+
+use std::time::Duration;
+
+use transship_memory::Backend;
+
+/// How the memory of one container travelled.
+#[derive(Debug, Clone)]
+pub struct Memory {
+    pub backend: Backend,
+    /// CRIU saved no page that travelled by lane.
+    pub page_less: bool,
+    /// The target ran it before every page was in its place.
+    pub lazy: bool,
+    /// Why CRIU saved the pages itself, if it did.
+    pub fallback: Option<String>,
+    pub lanes: u32,
+    /// Bytes on the lanes, headers included, before encryption.
+    pub transferred: u64,
+    /// Bytes that existed at the freeze.
+    pub total: u64,
+    /// Pages sent as nothing but zeros, and with content.
+    pub duplicate: u64,
+    pub normal: u64,
+    /// Bytes saved by compression.
+    pub compressed: u64,
+    /// Pages per second, before the container was slowed down.
+    pub dirty_pages_rate: u64,
+    pub cpu_throttle_percentage: u32,
+    /// As predicted when the freeze was decided on.
+    pub expected_downtime: Duration,
+    pub rounds: Vec<Round>,
+    pub pause: Pause,
+    /// Missing if the target's word of it did not come in time.
+    pub fill: Option<Fill>,
+    /// Pages that CRIU saved itself.
+    pub criu_pages: u64,
+    /// Bytes of shared objects.
+    pub shared_bytes: u64,
+}
+
+/// One round; the last one is that of the pause.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Round {
+    pub number: u32,
+    pub dirty_pages: u64,
+    pub zero_pages: u64,
+    pub wire_bytes: u64,
+    pub scan: Duration,
+    /// From the scan to the last byte on its way.
+    pub duration: Duration,
+}
+
+/// What the pause was spent on. Parts overlap: their sum is not the pause.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Pause {
+    pub freeze: Duration,
+    pub final_scan: Duration,
+    pub final_send: Duration,
+    pub dump: Duration,
+    pub transfer: Duration,
+    /// By the target's clock.
+    pub restore: Duration,
+    /// The same.
+    pub resume: Duration,
+}
+
+/// How the target put the pages in their places.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Fill {
+    pub faults: u64,
+    /// Upper bounds 16 µs, 32 µs, ... each twice the one before; the last has
+    /// none.
+    pub fault_latency: Vec<u64>,
+    pub pages: u64,
+    pub duration: Duration,
+}
+
+/// What a restore made of the pages, told by the target.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Restored {
+    /// Pages are still to be put in their places while it runs.
+    pub lazy: bool,
+    /// Pages that came in CRIU's own images.
+    pub criu_pages: u64,
+}
