@@ -1,6 +1,6 @@
 //! Frames from a stream.
 
-use std::time::Duration;
+use std::{mem, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use prost::Message;
@@ -24,11 +24,14 @@ pub struct Reader<R> {
     filled: usize,
     /// Present once the header is complete and within the limits.
     body: Option<(Header, BytesMut)>,
+    /// For the next data frame.
+    spare: BytesMut,
 }
 
 impl<R: AsyncRead + Unpin> Reader<R> {
     pub fn new(inner: R) -> Self {
-        Self { inner, deadline: None, header: [0; HEADER], filled: 0, body: None }
+        let (header, spare) = ([0; HEADER], BytesMut::new());
+        Self { inner, deadline: None, header, filled: 0, body: None, spare }
     }
 
     /// From now on every frame must arrive whole within `deadline`, counted
@@ -60,6 +63,15 @@ impl<R: AsyncRead + Unpin> Reader<R> {
         }
     }
 
+    /// Gives the memory of a frame back for the next one: a lane that moves
+    /// gigabytes need not ask for each megabyte anew. A frame that somebody
+    /// else still holds is left alone.
+    pub fn reuse(&mut self, frame: Bytes) {
+        if let Ok(spare) = frame.try_into_mut() {
+            self.spare = spare;
+        }
+    }
+
     pub async fn next(&mut self) -> Result<Frame, WireError> {
         match self.deadline {
             None => self.frame().await,
@@ -80,7 +92,13 @@ impl<R: AsyncRead + Unpin> Reader<R> {
             }
             if self.filled == HEADER {
                 let header = Header::parse(self.header)?;
-                self.body = Some((header, BytesMut::with_capacity(header.length)));
+                let mut bytes = match header.kind {
+                    Kind::Data => mem::take(&mut self.spare),
+                    Kind::Control => BytesMut::new(),
+                };
+                bytes.clear();
+                bytes.reserve(header.length);
+                self.body = Some((header, bytes));
             }
         }
         // Taken out only once complete, so that a cancelled call leaves it.

@@ -45,6 +45,76 @@ async fn data_has_the_bytes_it_always_had() {
     assert_eq!(bytes, b"\x02\0\0\0\x03\0\0\0abc\x02\0\0\0\0\0\0\0");
 }
 
+/// Takes what it likes of what it is offered, as sockets do.
+struct Nibbling(Vec<u8>);
+
+impl tokio::io::AsyncWrite for Nibbling {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+        b: &[u8],
+    ) -> Poll<std::io::Result<usize>> {
+        let n = b.len().min(3);
+        self.get_mut().0.extend_from_slice(&b[..n]);
+        Poll::Ready(Ok(n))
+    }
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+}
+
+#[tokio::test]
+async fn a_message_with_its_data_is_the_same_bytes() {
+    let apart = written(async |w| {
+        w.control(&hello()).await.unwrap();
+        w.data(b"some pages").await.unwrap();
+        w.end_data().await.unwrap();
+    })
+    .await;
+    let together = written(async |w| {
+        w.control_with_data(&hello(), b"some pages").await.unwrap();
+        assert!(matches!(
+            w.control_with_data(&hello(), b"").await,
+            Err(WireError::Unexpected { .. })
+        ));
+        let long = vec![0; MAX_DATA + 1];
+        assert!(matches!(
+            w.control_with_data(&hello(), &long).await,
+            Err(WireError::TooLong { .. })
+        ));
+    })
+    .await;
+    assert_eq!(together, apart);
+    let mut nibbling = Nibbling(Vec::new());
+    Writer::new(&mut nibbling).control_with_data(&hello(), b"some pages").await.unwrap();
+    assert_eq!(nibbling.0, apart);
+}
+
+/// The memory of one frame serves the next, and not while somebody reads it.
+#[tokio::test]
+async fn a_frame_may_be_given_back() {
+    let bytes = written(async |w| {
+        for byte in 0..4 {
+            w.data(&[byte; 4096]).await.unwrap();
+        }
+    })
+    .await;
+    let mut reader = Reader::new(&bytes[..]);
+    let first = reader.data().await.unwrap().unwrap();
+    let at = first.as_ptr();
+    reader.reuse(first);
+    let second = reader.data().await.unwrap().unwrap();
+    assert_eq!((second.as_ptr(), &second[..]), (at, &[1; 4096][..]));
+    reader.reuse(second.clone());
+    let third = reader.data().await.unwrap().unwrap();
+    assert_eq!((&second[..], &third[..]), (&[1; 4096][..], &[2; 4096][..]));
+    reader.reuse(third);
+    assert_eq!(reader.data().await.unwrap().unwrap(), &[3; 4096][..]);
+}
+
 #[tokio::test]
 async fn a_long_run_is_split_and_joined() {
     let sent: Vec<u8> = (0..2 * MAX_DATA + 7).map(|i| i as u8).collect();

@@ -53,9 +53,31 @@ impl<W: AsyncWrite + Unpin> Writer<W> {
         }
         for piece in bytes.chunks(MAX_DATA) {
             let header = Header::new(Kind::Data, piece.len())?.bytes();
-            within(self.deadline, write_both(&mut self.inner, &header, piece)).await?;
+            within(self.deadline, write_all(&mut self.inner, [&header, piece])).await?;
         }
         Ok(())
+    }
+
+    /// A message with a run of one data frame after it, as one write: the
+    /// same bytes as [`Writer::control`], [`Writer::data`] and
+    /// [`Writer::end_data`], without three small packets. `bytes` are not
+    /// copied, and nothing is flushed.
+    pub async fn control_with_data<M: Message>(
+        &mut self,
+        message: &M,
+        bytes: &[u8],
+    ) -> Result<(), WireError> {
+        if bytes.is_empty() {
+            return Err(WireError::Unexpected { wanted: "data", got: "end-of-data" });
+        }
+        let control = Header::new(Kind::Control, message.encoded_len())?;
+        let data = Header::new(Kind::Data, bytes.len())?;
+        let end = Header::new(Kind::Data, 0)?.bytes();
+        let mut head = Vec::with_capacity(2 * HEADER + control.length);
+        head.extend_from_slice(&control.bytes());
+        message.encode(&mut head).map_err(|e| WireError::Io(io::Error::other(e)))?;
+        head.extend_from_slice(&data.bytes());
+        within(self.deadline, write_all(&mut self.inner, [&head, bytes, &end])).await
     }
 
     /// Ends a run of bulk bytes. Flushes, since the peer acts on it.
@@ -91,21 +113,22 @@ async fn within<T>(
     }
 }
 
-/// Header and payload in one system call (and one TLS record) where the
-/// stream can, without copying the payload.
-async fn write_both<W: AsyncWrite + Unpin>(
+/// All parts in one system call (and as few TLS records as they need) where
+/// the stream can, without copying them.
+async fn write_all<const N: usize, W: AsyncWrite + Unpin>(
     inner: &mut W,
-    mut header: &[u8],
-    mut payload: &[u8],
+    parts: [&[u8]; N],
 ) -> io::Result<()> {
-    while !header.is_empty() {
-        let written = inner.write_vectored(&[IoSlice::new(header), IoSlice::new(payload)]).await?;
+    let mut slices = parts.map(IoSlice::new);
+    let mut left = &mut slices[..];
+    // Drops the parts that are empty from the start.
+    IoSlice::advance_slices(&mut left, 0);
+    while !left.is_empty() {
+        let written = inner.write_vectored(left).await?;
         if written == 0 {
             return Err(io::ErrorKind::WriteZero.into());
         }
-        let of_header = written.min(header.len());
-        header = &header[of_header..];
-        payload = &payload[written - of_header..];
+        IoSlice::advance_slices(&mut left, written);
     }
-    inner.write_all(payload).await
+    Ok(())
 }
