@@ -39,6 +39,7 @@ mod lanes;
 mod limits;
 mod options;
 mod phase;
+pub mod policy;
 pub mod report;
 mod source;
 mod target;
