@@ -6,7 +6,7 @@
 //! early and held at the gate, twice: before CRIU gets its request, and before
 //! the first instruction runs.
 
-use std::{fs, path::PathBuf, time::Duration};
+use std::{fs, path::PathBuf, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use tokio_util::sync::CancellationToken;
@@ -22,6 +22,7 @@ use transship_types::{Epoch, NodeName, PageSet, Space, Ticket, paths};
 use crate::{
     container::Revival,
     error::{Error, Result},
+    fill::{Arrived, Filling},
     held::Held,
     netns,
     restore::{DESCRIPTORS, external_descriptors, stand_in},
@@ -38,7 +39,7 @@ pub async fn arrive(
     revival: &mut Revival,
     ticket: &Ticket,
     cancel: &CancellationToken,
-) -> Result<i32> {
+) -> Result<Arrived> {
     let id = revival.id().to_owned();
     let failed = |what: &str| format!("container {id} did not arrive: {what}");
     // After the commit nothing of it may fail any more.
@@ -64,8 +65,9 @@ pub async fn arrive(
         MigrationError::Cancelled => Error::killed_unborn(&id),
         error => Error::other(failed)(error),
     })?;
-    tokio::spawn(arrived.rest);
-    i32::try_from(arrived.pid).map_err(Error::other("a pid that is none"))
+    let pid = i32::try_from(arrived.pid).map_err(Error::other("a pid that is none"))?;
+    let filling = Some(Filling { stop: Arc::new(|| {}), rest: arrived.rest });
+    Ok(Arrived { pid, filling })
 }
 
 struct Landing<'a> {

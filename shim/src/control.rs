@@ -22,13 +22,13 @@ use tracing::{Instrument, info_span};
 use transship_api::{
     control::{
         AbandonRequest, AbandonResponse, DepartEvent, DepartRequest, Departure, InspectRequest,
-        InspectResponse, PhaseTime, Progress, SettleRequest, SettleResponse,
+        InspectResponse, PhaseTime, SettleRequest, SettleResponse,
     },
     control_ttrpc::{Shim, create_shim},
 };
 use transship_link::{Credentials, Trust, connect_ticket};
 use transship_migration::{
-    Journal, Manifest, Options, chain, depart,
+    Connect, Journal, Manifest, Options, chain, depart,
     handoff::Ending,
     journal::{Role, Subject},
     settle,
@@ -40,6 +40,7 @@ use crate::{
     error::{Error, Result},
     inspect,
     pod::Pod,
+    tuning::{self, micros},
 };
 
 /// Events on their way to the agent; it reads faster than phases change.
@@ -82,6 +83,7 @@ struct Order {
     address: String,
     node: NodeName,
     credentials: Credentials,
+    options: Options,
 }
 
 impl Order {
@@ -90,6 +92,7 @@ impl Order {
             |error: transship_types::InvalidName| Error::InvalidArgument(error.to_string());
         let credentials = request.credentials.into_option().unwrap_or_default();
         Ok(Self {
+            options: tuning::options(request.tuning.as_ref())?,
             migration: request.migration.parse().map_err(invalid)?,
             ticket: request.ticket.parse().map_err(invalid)?,
             node: request.node.parse().map_err(invalid)?,
@@ -309,6 +312,7 @@ async fn attempt(
         Ok(channel) => channel,
         Err(error) => return stayed(chain(&error)),
     };
+    leaving.reach(lanes(trust, &order));
     let subject = Subject {
         role: Role::Source,
         migration: order.migration.clone(),
@@ -323,6 +327,7 @@ async fn attempt(
         Ok(journal) => journal,
         Err(error) => return stayed(chain(&error)),
     };
+    let options = order.options;
     let manifest = Manifest {
         migration: order.migration.to_string(),
         ticket: order.ticket.to_string(),
@@ -334,15 +339,11 @@ async fn attempt(
         memory_bytes: 0,
     };
     let progress = |progress: transship_migration::Progress| {
-        let mut message = Progress::new();
-        message.phase = progress.phase.to_string();
-        message.bytes = progress.bytes;
         let mut event = DepartEvent::new();
-        event.set_progress(message);
+        event.set_progress(tuning::progress(progress));
         // A slow reader loses progress, never the ending.
         let _ = events.try_send(event);
     };
-    let options = Options::default();
     let done = depart(channel, leaving, manifest, journal, &options, cancel, &progress).await;
     let mut departure = Departure::new();
     departure.ending = done.ending.as_str().into();
@@ -362,9 +363,17 @@ async fn attempt(
             entry
         })
         .collect();
+    departure.memory = done.memory.as_ref().map(tuning::memory_report).into();
     (departure, done.ending, done.doubt)
 }
 
-fn micros(time: Duration) -> u64 {
-    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+/// One more connection to the same target each time, for pages.
+fn lanes(trust: Trust, order: &Order) -> Connect {
+    let trust = Arc::new(trust);
+    let (address, node, ticket) = (order.address.clone(), order.node.clone(), order.ticket.clone());
+    Arc::new(move || {
+        let (trust, address) = (trust.clone(), address.clone());
+        let (node, ticket) = (node.clone(), ticket.clone());
+        Box::pin(async move { connect_ticket(&trust, &address, &node, &ticket).await })
+    })
 }

@@ -3,13 +3,13 @@
 use std::{fs, path::PathBuf, time::Duration};
 
 use async_trait::async_trait;
-use tracing::warn;
+use tracing::{info, warn};
 use transship_criu::{Remembered, images::MemoryDir};
-use transship_migration::{Manifest, MigrationError, Source};
+use transship_migration::{Connect, Manifest, MigrationError, Source};
 use transship_rootfs::Layer;
 
 use crate::{
-    cgroup::Cgroup,
+    cgroup::{Cgroup, throttle::Throttle},
     container::{Context, Occupation},
     error::Error,
     held::Held,
@@ -29,6 +29,8 @@ pub struct Leaving {
     layer: Layer,
     images: MemoryDir,
     held: Option<Held>,
+    connect: Option<Connect>,
+    throttle: Option<Throttle>,
     /// CRIU has been told to go on: tasks may stand still.
     released: bool,
     guarded: bool,
@@ -40,7 +42,25 @@ impl Leaving {
         let layer = layer(context)?;
         let images = MemoryDir::create(None)
             .map_err(Error::other("make a place for CRIU's images".to_owned()))?;
-        Ok(Self { occupation, layer, images, held: None, released: false, guarded: false })
+        // Without one the container can go; only not slowed down.
+        let throttle = occupation.cgroup().and_then(Throttle::new).inspect_err(|error| {
+            info!(error = error.sentence(), "the container cannot be slowed down");
+        });
+        Ok(Self {
+            occupation,
+            layer,
+            images,
+            held: None,
+            connect: None,
+            throttle: throttle.ok(),
+            released: false,
+            guarded: false,
+        })
+    }
+
+    /// How further connections to the target are made.
+    pub fn reach(&mut self, connect: Connect) {
+        self.connect = Some(connect);
     }
 
     fn held(&mut self) -> Result<&mut Held> {
@@ -117,7 +137,27 @@ impl Source for Leaving {
         Ok(())
     }
 
+    fn connect(&self) -> Option<Connect> {
+        self.connect.clone()
+    }
+
+    fn throttle(&mut self, percent: Option<u32>) -> Result<()> {
+        let Some(throttle) = &mut self.throttle else {
+            return Err(MigrationError::runtime("throttle", "its cgroup takes no quota"));
+        };
+        let done = match percent {
+            Some(percent) => throttle.slow_down(percent),
+            None => throttle.restore(),
+        };
+        done.map_err(step("throttle"))
+    }
+
     async fn freeze(&mut self) -> Result<()> {
+        // A task without quota stops only once it has some, and CRIU would
+        // write the quota down.
+        if let Some(throttle) = &mut self.throttle {
+            throttle.restore().map_err(step("freeze"))?;
+        }
         self.released = true;
         let held = self.held()?;
         held.release("freeze").await?;
@@ -143,6 +183,11 @@ impl Source for Leaving {
     }
 
     async fn thaw(&mut self) -> Result<()> {
+        if let Some(throttle) = &mut self.throttle
+            && let Err(error) = throttle.restore()
+        {
+            warn!(error = error.sentence(), "the container stays slowed down");
+        }
         let undone = match self.held.take() {
             Some(held) => held.abandon().await,
             None => Ok(()),

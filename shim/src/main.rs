@@ -14,6 +14,7 @@ mod control;
 mod depart;
 mod error;
 mod events;
+mod fill;
 mod held;
 mod inspect;
 mod mounts;
@@ -31,6 +32,7 @@ mod stdio;
 mod sys;
 mod task;
 mod tree;
+mod tuning;
 
 use std::{env, process::ExitCode};
 

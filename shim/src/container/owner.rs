@@ -12,7 +12,10 @@ use std::{
 };
 
 use futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
-use tokio::sync::mpsc;
+use tokio::{
+    sync::{mpsc, watch},
+    time::timeout,
+};
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, info_span, warn};
 use transship_types::CHECKPOINT_ANNOTATION;
@@ -22,6 +25,7 @@ use crate::{
     cgroup::{Cgroup, oom},
     error::{Error, Result},
     events::Event,
+    fill,
     options::CheckpointOptions,
     pod::Pod,
     process::{Process, Stage, answer},
@@ -54,6 +58,18 @@ enum Turn {
     Migration,
 }
 
+struct Filling {
+    stop: Arc<dyn Fn() + Send + Sync>,
+    /// Closed at the end.
+    end: watch::Receiver<()>,
+}
+
+impl Filling {
+    async fn ended(mut end: watch::Receiver<()>) {
+        while end.changed().await.is_ok() {}
+    }
+}
+
 type After = Box<dyn FnOnce(&mut Owner) + Send>;
 
 pub struct Owner {
@@ -74,6 +90,8 @@ pub struct Owner {
     /// Stdio of a container in CreatedCheckpoint.
     prepared: Option<Prepared>,
     reviving: CancellationToken,
+    /// Its memory is still being put in place.
+    filling: Option<Filling>,
     cgroup: Option<Cgroup>,
     oom: Option<oom::Watch>,
     deleting: Option<Reply<(u32, Option<Exit>)>>,
@@ -106,6 +124,7 @@ pub fn spawn(
         killing_rest: false,
         prepared,
         reviving: CancellationToken::new(),
+        filling: None,
         cgroup: None,
         oom: None,
         deleting: None,
@@ -222,21 +241,33 @@ impl Owner {
                 self.waiting.push_back(request);
                 None
             }
-            Turn::Free => Some(request),
+            Turn::Free => self.unless_filling(request),
             Turn::Brief | Turn::Starting | Turn::Checkpoint => {
                 self.waiting.push_back(request);
                 None
             }
             Turn::Migration => {
-                self.refuse(request);
+                self.refuse(request, "is being migrated");
                 None
             }
         }
     }
 
-    fn refuse(&self, request: Request) {
-        let error =
-            Error::FailedPrecondition(format!("container {} is being migrated", self.context.id()));
+    /// CRIU cannot dump a container whose memory is still being put in place:
+    /// such a request comes back when that has ended.
+    fn unless_filling(&mut self, request: Request) -> Option<Request> {
+        let dumps = matches!(request, Request::Checkpoint { .. } | Request::Occupy { .. });
+        let Some(filling) = self.filling.as_ref().filter(|_| dumps) else { return Some(request) };
+        let ended = timeout(fill::WAIT, Filling::ended(filling.end.clone()));
+        self.job(ended, move |owner, ended| match ended {
+            Ok(()) => owner.handle(request),
+            Err(_) => owner.refuse(request, "still has memory on its way from its last migration"),
+        });
+        None
+    }
+
+    fn refuse(&self, request: Request, why: &str) {
+        let error = Error::FailedPrecondition(format!("container {} {why}", self.context.id()));
         match request {
             Request::Start { reply, .. } => answer(reply, Err(error)),
             Request::Exec { reply, .. }

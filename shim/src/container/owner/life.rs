@@ -4,15 +4,17 @@ use containerd_shim_protos::events::task::{
     TaskDelete, TaskExit, TaskOOM, TaskPaused, TaskResumed, TaskStart,
 };
 use nix::libc;
+use tokio::{sync::watch, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use super::{Owner, State, Turn};
+use super::{Filling, Owner, State, Turn};
 use crate::{
     cgroup::oom,
     container::{Origin, Reply, Revival, create::open_stdio},
     error::{Error, Result},
     events::{Event, timestamp},
+    fill::{self, Arrived},
     mounts,
     process::{Stage, answer},
     reaper::Exit,
@@ -79,23 +81,29 @@ impl Owner {
                 None => open_stdio(&context).await?,
             };
             let mut revival = Revival { context: context.clone(), stdio };
-            let revived = bring(&mut revival, &origin, &cancelled).await;
-            let connected = match revived {
-                Ok(pid) => revival.stdio.connect().await.map(|live| (pid, live)),
-                Err(error) => Err(error),
+            let (arrived, connected) = match bring(&mut revival, &origin, &cancelled).await {
+                Ok(arrived) => (Some(arrived), revival.stdio.connect().await),
+                Err(error) => (None, Err(error)),
             };
-            if connected.is_err()
-                && let Err(error) = context.oci.delete(context.id(), true).await
-            {
-                warn!(error = error.sentence(), "cannot clean up after a failed restore");
+            match (arrived, connected) {
+                (Some(arrived), Ok(live)) => Ok((arrived, live)),
+                // What fills its memory, if anything does, ends after it.
+                (_arrived, connected) => {
+                    if let Err(error) = context.oci.delete(context.id(), true).await {
+                        warn!(error = error.sentence(), "cannot clean up after a failed restore");
+                    }
+                    connected.and_then(|_| Err(Error::Internal("nothing was restored".into())))
+                }
             }
-            connected
         };
-        self.job(work, move |owner, revived: Result<(i32, Live)>| {
+        self.job(work, move |owner, revived: Result<(Arrived, Live)>| {
             match revived {
-                Ok((pid, live)) => {
-                    owner.init.pid = pid;
+                Ok((arrived, live)) => {
+                    owner.init.pid = arrived.pid;
                     owner.init.live = Some(live);
+                    if let Some(filling) = arrived.filling {
+                        owner.fill(filling);
+                    }
                     owner.find_cgroup();
                     let pid = owner.started();
                     owner.watch(String::new(), owner.init.pid);
@@ -121,6 +129,16 @@ impl Owner {
                 }
             }
             owner.turn_over();
+        });
+    }
+
+    /// Lets the filling go on beside everything else.
+    fn fill(&mut self, filling: fill::Filling) {
+        let (open, end) = watch::channel(());
+        self.filling = Some(Filling { stop: filling.stop, end });
+        self.job(filling.rest, |owner, ()| {
+            owner.filling = None;
+            drop(open);
         });
     }
 
@@ -277,6 +295,9 @@ impl Owner {
             self.publish(oom_event(self.context.id()));
         }
         self.state = State::Stopped;
+        if let Some(filling) = &self.filling {
+            (filling.stop)();
+        }
         self.init.end(exit);
         let id = self.context.id().to_owned();
         info!(status = exit.status, "stopped");
@@ -303,7 +324,13 @@ impl Owner {
         let (context, live) = (self.context.clone(), self.init.live.take());
         // A created container has a process that waits to be started.
         let force = self.state == State::Created;
+        let filling = self.filling.as_ref().map(|filling| filling.end.clone());
         let work = async move {
+            if let Some(end) = filling
+                && timeout(fill::END, Filling::ended(end)).await.is_err()
+            {
+                warn!("what filled its memory does not end");
+            }
             if !force && let Some(live) = live {
                 live.drain().await;
             }
@@ -341,11 +368,17 @@ impl Owner {
     }
 }
 
-async fn bring(revival: &mut Revival, origin: &Origin, cancel: &CancellationToken) -> Result<i32> {
+async fn bring(
+    revival: &mut Revival,
+    origin: &Origin,
+    cancel: &CancellationToken,
+) -> Result<Arrived> {
     let context = revival.context.clone();
     match origin {
         Origin::Checkpoint { images, .. } => tokio::select! {
-            restored = crate::restore::restore(revival, images) => restored,
+            restored = crate::restore::restore(revival, images) => {
+                restored.map(|pid| Arrived { pid, filling: None })
+            }
             () = cancel.cancelled() => Err(Error::killed_unborn(context.id())),
         },
         // It decides itself whether it can still be stopped: dropped in the
