@@ -5,7 +5,7 @@ use std::time::Duration;
 use transship_api::control::{
     FillReport, MemoryReport, PauseReport, Progress, RoundReport, Tuning,
 };
-use transship_migration::{Budget, Compress, Options, PostCopy, Throttle, report};
+use transship_migration::{Budget, Options, PostCopy, Throttle, report};
 use transship_types::{
     PAGE,
     tuning::{LANES, MAX_PAUSE},
@@ -42,14 +42,8 @@ pub fn options(tuning: Option<&Tuning>) -> Result<Options> {
         "always" => PostCopy::Always,
         other => return Err(unknown("post-copy", other)),
     };
-    options.compress = match tuning.compress.as_str() {
-        "" => Compress::default(),
-        "auto" => Compress::Auto,
-        "never" => Compress::Never,
-        "lz4" => Compress::Lz4,
-        "zstd" => Compress::Zstd,
-        other => return Err(unknown("compress", other)),
-    };
+    options.compress =
+        tuning.compress.parse().map_err(|_| unknown("compress", &tuning.compress))?;
     Ok(options)
 }
 
@@ -141,6 +135,8 @@ pub fn micros(time: Duration) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use transship_migration::{Codec, Compress};
+
     use super::*;
 
     #[test]
@@ -166,7 +162,7 @@ mod tests {
         assert_eq!(options.budget.throttle, Throttle::Never);
         assert_eq!(options.budget.post_copy, PostCopy::Auto);
         assert_eq!((options.lanes, options.bandwidth), (3, 1 << 20));
-        assert_eq!(options.compress, Compress::Zstd);
+        assert_eq!(options.compress, Compress::With(Codec::Zstd));
     }
 
     #[test]

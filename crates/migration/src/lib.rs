@@ -46,7 +46,7 @@ mod target;
 
 pub use error::{DepartError, MigrationError, chain};
 pub use journal::Journal;
-pub use options::{Budget, Compress, LANES, MAX_LANES, Options, PostCopy, Throttle};
+pub use options::{Budget, Codec, Compress, LANES, MAX_LANES, Options, PostCopy, Throttle};
 pub use phase::{Phase, Stopwatch};
 pub use source::{Connect, Connecting, Departure, Progress, RoundProgress, Source, depart, settle};
 pub use target::{Arrived, Target, arrive};

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+pub use transship_memory::codec::{Codec, Compress};
+
 /// The pause that rounds aim at unless told otherwise: people do not notice
 /// it, and no protocol's time-out does.
 pub const MAX_PAUSE: Duration = Duration::from_millis(100);
@@ -56,17 +58,6 @@ impl Default for Budget {
             post_copy: PostCopy::default(),
         }
     }
-}
-
-/// Whether pages are compressed on their way.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Compress {
-    /// Where the link is slower than compressing, and the pages yield.
-    #[default]
-    Auto,
-    Never,
-    Lz4,
-    Zstd,
 }
 
 /// How the memory of one departure travels.
