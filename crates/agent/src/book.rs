@@ -13,10 +13,11 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
+use protobuf::Message as _;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
-use transship_api::control::Report;
+use transship_api::control::{Progress, Report};
 use transship_types::{Code, ContainerKey, MigrationId, NodeName, Refusal};
 
 use crate::failure::{Failure, Step};
@@ -131,9 +132,7 @@ pub enum End {
 /// What a watcher of a running migration sees.
 #[derive(Debug, Clone, Default)]
 pub struct View {
-    pub phase: String,
-    pub bytes: u64,
-    pub bytes_total: u64,
+    pub progress: Progress,
     /// Why it can no longer be cancelled.
     pub too_late: Option<String>,
     /// It stands still until the target has answered.
@@ -209,7 +208,10 @@ impl Book {
         let live = Arc::new(Live {
             migration: record.migration.clone(),
             cancel: CancellationToken::new(),
-            view: watch::Sender::new(View { phase: record.phase.clone(), ..Default::default() }),
+            view: watch::Sender::new(View {
+                progress: Progress { phase: record.phase.clone(), ..Default::default() },
+                ..Default::default()
+            }),
         });
         match self.inner().live.entry(record.key.clone()) {
             hash_map::Entry::Vacant(place) => drop(place.insert(live.clone())),
@@ -250,6 +252,13 @@ impl Book {
         all
     }
 
+    /// How it went, if it came that far here.
+    pub async fn report(&self, migration: &MigrationId) -> Option<Report> {
+        let path = report_file(&self.dir, migration);
+        let read = tokio::task::spawn_blocking(move || fs::read(path)).await.ok()?;
+        Report::parse_from_bytes(&read.ok()?).ok()
+    }
+
     /// Changes a record in memory and on disk; returns once it is on disk.
     pub async fn change(
         &self,
@@ -275,6 +284,7 @@ impl Book {
             for migration in forgotten {
                 // A record too many is no reason to fail.
                 let _ = fs::remove_file(file(&dir, &migration));
+                let _ = fs::remove_file(report_file(&dir, &migration));
             }
             write(&dir, &record)?;
             // Nobody will ask the shim's journal again, and the shim may not
@@ -322,10 +332,10 @@ impl Entry {
     /// change that matters there.
     pub fn phase(&self, phase: &str) {
         let changed = self.live.view.send_if_modified(|view| {
-            if view.phase == phase {
+            if view.progress.phase == phase {
                 return false;
             }
-            (view.phase, view.bytes, view.bytes_total) = (phase.into(), 0, 0);
+            view.progress = Progress { phase: phase.into(), ..Default::default() };
             true
         });
         if changed {
@@ -337,7 +347,32 @@ impl Entry {
     }
 
     pub fn progress(&self, bytes: u64, bytes_total: u64) {
-        self.live.view.send_modify(|v| (v.bytes, v.bytes_total) = (bytes, bytes_total));
+        self.live.view.send_modify(|v| {
+            (v.progress.bytes, v.progress.bytes_total) = (bytes, bytes_total);
+        });
+    }
+
+    /// What the shim says of the phase it is in.
+    pub fn shim_progress(&self, progress: Progress) {
+        self.phase(&progress.phase);
+        self.live.view.send_modify(|v| v.progress = progress);
+    }
+
+    /// Keeps what there is to tell about it, for as long as its record.
+    pub async fn remember(&self, report: &Report) {
+        let path = report_file(&self.book.dir, &self.live.migration);
+        let written = report.write_to_bytes().map_err(io::Error::other).map(|bytes| {
+            // People read it, and nothing depends on it: it need not be on
+            // the disk before anything else.
+            tokio::task::spawn_blocking(move || fs::write(path, bytes))
+        });
+        let written = match written {
+            Ok(writing) => writing.await.map_err(io::Error::other).and_then(|written| written),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = written {
+            tracing::warn!(%error, "the report was not written down");
+        }
     }
 
     pub fn too_late(&self, why: &str) {
@@ -398,6 +433,11 @@ fn forget(records: &mut BTreeMap<MigrationId, Record>) -> Vec<MigrationId> {
 
 fn file(dir: &Path, migration: &MigrationId) -> PathBuf {
     dir.join(format!("{migration}.json"))
+}
+
+/// As it goes over the control socket.
+fn report_file(dir: &Path, migration: &MigrationId) -> PathBuf {
+    dir.join(format!("{migration}.report"))
 }
 
 fn read(path: &Path) -> io::Result<Record> {

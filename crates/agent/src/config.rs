@@ -26,6 +26,8 @@ use thiserror::Error;
 use transship_link::Credentials;
 use transship_types::{NodeName, RUNTIME, RUNTIME_AS_RUNC, paths};
 
+use crate::tuning::Memory;
+
 /// The port of a node's agent unless told otherwise.
 pub const PORT: u16 = 7430;
 
@@ -68,6 +70,9 @@ pub struct Config {
     pub runtimes: Vec<String>,
     #[serde(default)]
     pub limits: Limits,
+    /// What migrations from here do unless they are told otherwise.
+    #[serde(default)]
+    pub memory: Memory,
 }
 
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -130,6 +135,7 @@ impl Default for Config {
             containerd: Containerd::default(),
             runtimes: default_runtimes(),
             limits: Limits::default(),
+            memory: Memory::default(),
         }
     }
 }
@@ -201,11 +207,20 @@ mod tests {
             memory_reserve_mib = 1
             disk_reserve_mib = 2
             connections = 3
+            [memory]
+            max_pause = "50ms"
+            throttle = "never"
+            post_copy = "auto"
+            lanes = 4
+            bandwidth = "1Gbit/s"
+            compress = "lz4"
             "#,
         )
         .unwrap();
         assert_eq!(config.peers[&"b".parse().unwrap()].address, "b.example.org:7430");
         assert_eq!(config.limits.connections, 3);
+        assert_eq!(config.memory.bandwidth, Some(125_000_000));
+        assert_eq!(parse("[memory]\nbandwidth = \"none\"").unwrap().memory, Memory::default());
     }
 
     #[test]
@@ -216,6 +231,12 @@ mod tests {
             ("[peers.B]\naddress = \"b:1\"", "line 1", "only a-z"),
             ("node = 7", "line 1", "string"),
             ("[peers.b]\n", "line 1", "address"),
+            ("[memory]\nmax_pause = 100", "line 2", "string"),
+            ("[memory]\nmax_pause = \"2h\"", "line 2", "100ms"),
+            ("[memory]\nmax_pause = \"90s\"", "line 2", "from 1ms to 60s"),
+            ("[memory]\nthrottle = \"on\"", "line 2", "auto, never"),
+            ("[memory]\nlanes = 0", "line 2", "from 1 to 32"),
+            ("[memory]\nbandwidth = \"1\"", "line 2", "1Gbit/s"),
         ] {
             let error = parse(text).unwrap_err();
             let shown = error.source().unwrap().to_string();

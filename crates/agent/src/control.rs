@@ -8,8 +8,9 @@ use tokio::time;
 use transship_api::{
     control::{
         CancelRequest, CancelResponse, CheckRequest, CheckResponse, ContainerEntry, Failed,
-        ListRequest, ListResponse, MigrateEvent, MigrateRequest, MigrationEntry, Progress, Started,
-        StatusRequest, StatusResponse, VersionRequest, VersionResponse, migrate_event::Event,
+        LimitRequest, LimitResponse, ListRequest, ListResponse, MigrateEvent, MigrateRequest,
+        MigrationEntry, Report, Started, StatusRequest, StatusResponse, VersionRequest,
+        VersionResponse, migrate_event::Event,
     },
     control_ttrpc,
 };
@@ -17,10 +18,10 @@ use transship_types::{Code, ContainerKey, MigrationId, PROTOCOL};
 use ttrpc::asynchronous::{ServerStreamSender, TtrpcContext};
 
 use crate::{
-    book::{End, Ending, Live, Record, View},
+    book::{Book, End, Ending, Live, Record, Role, View},
     check,
     daemon::{Listed, TaskStatus},
-    failure::{Failure, chain, from_control, to_control},
+    failure::{Failure, Step, chain, from_control, to_control},
     node::Node,
     source,
 };
@@ -76,11 +77,10 @@ impl control_ttrpc::Agent for Control {
         _: &TtrpcContext,
         request: StatusRequest,
     ) -> ttrpc::Result<StatusResponse> {
-        let records = match request.migration.as_str() {
-            "" => self.0.book.records(),
-            asked => vec![self.record(asked).map_err(|f| status(&f))?],
+        let migrations = match request.migration.as_str() {
+            "" => self.0.book.records().into_iter().map(migration).collect(),
+            asked => vec![self.in_full(self.record(asked).map_err(|f| status(&f))?).await],
         };
-        let migrations = records.into_iter().map(migration).collect();
         Ok(StatusResponse { migrations, ..Default::default() })
     }
 
@@ -99,13 +99,13 @@ impl control_ttrpc::Agent for Control {
             Ok(live) => live,
             Err(failure) => {
                 let outcome = "nothing was begun".to_string();
-                return send(failed(&failure, Ending::StayedHome, outcome)).await;
+                return send(failed(&failure, Ending::StayedHome, outcome, None)).await;
             }
         };
         let migration = live.migration.to_string();
         let followed = async {
             send(Event::Started(Started { migration, ..Default::default() })).await?;
-            follow(&live, send).await
+            follow(&self.0.book, &live, send).await
         };
         let gone = followed.await;
         if gone.is_err() {
@@ -132,9 +132,41 @@ impl control_ttrpc::Agent for Control {
         let view = over.map(|v| v.clone()).unwrap_or_default();
         Ok(cancellation(view))
     }
+
+    async fn limit(&self, _: &TtrpcContext, request: LimitRequest) -> ttrpc::Result<LimitResponse> {
+        let record = self.record(&request.migration).map_err(|f| status(&f))?;
+        self.adjust(&record, request.bandwidth).await.map_err(|f| status(&f))?;
+        Ok(LimitResponse::default())
+    }
 }
 
 impl Control {
+    pub async fn adjust(&self, record: &Record, bandwidth: u64) -> Step<()> {
+        let refuse = |reason: String, remedy: &str| Failure::new(Code::NotRunning, reason, remedy);
+        if self.0.book.live(&record.migration).is_none() {
+            let reason = format!("it has ended before: {}", record.ending.as_str());
+            return Err(refuse(reason, "see `transship status`"));
+        }
+        if record.role != Role::Source || !record.departing {
+            let reason = match record.role {
+                Role::Source => "its memory does not travel yet".to_string(),
+                Role::Target => format!("its memory is sent by {}", record.peer),
+            };
+            return Err(refuse(reason, "ask the source, once it is in its rounds"));
+        }
+        self.0.shims.adjust(&record.key, &record.migration, bandwidth).await?;
+        tracing::info!(id = %record.migration, bandwidth, "another bandwidth");
+        Ok(())
+    }
+
+    /// One migration, with how far it is or how it went.
+    async fn in_full(&self, record: Record) -> MigrationEntry {
+        let live = self.0.book.live(&record.migration);
+        let report = self.0.book.report(&record.migration).await;
+        let progress = live.map(|live| live.watch().borrow().progress.clone());
+        MigrationEntry { progress: progress.into(), report: report.into(), ..migration(record) }
+    }
+
     fn record(&self, text: &str) -> Result<Record, Failure> {
         let unknown = || {
             let shown: String = text.chars().take(80).collect();
@@ -150,7 +182,7 @@ impl Control {
 }
 
 /// Passes on what a migration shows until it has ended.
-async fn follow<F>(live: &Live, send: impl Fn(Event) -> F) -> ttrpc::Result<()>
+async fn follow<F>(book: &Book, live: &Live, send: impl Fn(Event) -> F) -> ttrpc::Result<()>
 where
     F: Future<Output = ttrpc::Result<()>>,
 {
@@ -161,7 +193,8 @@ where
         match view.end {
             Some(End::Moved(report)) => return send(Event::Report(*report)).await,
             Some(End::Failed { refusals, ending, outcome }) => {
-                return send(failed(&Failure(refusals), ending, outcome)).await;
+                let report = book.report(&live.migration).await;
+                return send(failed(&Failure(refusals), ending, outcome, report)).await;
             }
             None => {}
         }
@@ -171,13 +204,7 @@ where
                 return send(still_in_doubt()).await;
             }
         }
-        let progress = Progress {
-            phase: view.phase,
-            bytes: view.bytes,
-            bytes_total: view.bytes_total,
-            ..Default::default()
-        };
-        send(Event::Progress(progress)).await?;
+        send(Event::Progress(view.progress)).await?;
         // An ending is passed on at once, anything else at the tick: bytes
         // change thousands of times a second.
         let ended = watch.wait_for(|v| v.end.is_some());
@@ -191,14 +218,15 @@ fn still_in_doubt() -> Event {
     let remedy = "see that transshipd runs on the target; this node goes on asking \
                   (`transship status`)";
     let outcome = "the container is stopped here until the target has answered";
-    failed(&Failure::new(Code::Link, reason, remedy), Ending::InDoubt, outcome.into())
+    failed(&Failure::new(Code::Link, reason, remedy), Ending::InDoubt, outcome.into(), None)
 }
 
-fn failed(failure: &Failure, ending: Ending, outcome: String) -> Event {
+fn failed(failure: &Failure, ending: Ending, outcome: String, report: Option<Report>) -> Event {
     Event::Failed(Failed {
         refusals: failure.0.iter().map(to_control).collect(),
         ending: ending.as_str().into(),
         outcome,
+        report: report.into(),
         ..Default::default()
     })
 }

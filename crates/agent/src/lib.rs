@@ -26,6 +26,7 @@ pub mod shim;
 mod source;
 mod talk;
 mod target;
+pub mod tuning;
 
 #[cfg(test)]
 mod tests;

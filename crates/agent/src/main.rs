@@ -59,6 +59,13 @@ Environment:
 ///   memory_reserve_mib = 64
 ///   disk_reserve_mib = 256
 ///   connections = 64
+///   [memory]                      # of migrations from here; flags win
+///   max_pause = "100ms"
+///   throttle = "auto"             # or "never"
+///   post_copy = "never"           # or "auto", "always"
+///   lanes = 4
+///   bandwidth = "none"            # or "1Gbit/s", "100MiB/s"
+///   compress = "auto"             # or "never", "lz4", "zstd"
 #[derive(Parser)]
 #[command(name = "transshipd", version, verbatim_doc_comment, after_help = EXAMPLES)]
 struct Cli {

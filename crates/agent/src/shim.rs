@@ -9,7 +9,8 @@ use async_trait::async_trait;
 use thiserror::Error;
 use transship_api::{
     control::{
-        AbandonRequest, DepartEvent, DepartRequest, InspectRequest, InspectResponse, SettleRequest,
+        AbandonRequest, AdjustRequest, DepartEvent, DepartRequest, InspectRequest, InspectResponse,
+        SettleRequest,
     },
     control_ttrpc::ShimClient,
 };
@@ -45,6 +46,15 @@ pub trait Shims: Send + Sync + 'static {
         migration: &MigrationId,
         runs_there: bool,
     ) -> Result<String, ShimError>;
+
+    /// Another limit for the pages of a departure under way: bytes per
+    /// second, 0 for none.
+    async fn adjust(
+        &self,
+        key: &ContainerKey,
+        migration: &MigrationId,
+        bandwidth: u64,
+    ) -> Result<(), ShimError>;
 }
 
 /// A departure under way.
@@ -148,6 +158,22 @@ impl Shims for TtrpcShims {
         };
         let (client, failed) = connect(key, "settle a departure").await?;
         Ok(client.settle(within(SLOW), &request).await.map_err(failed)?.ending)
+    }
+
+    async fn adjust(
+        &self,
+        key: &ContainerKey,
+        migration: &MigrationId,
+        bandwidth: u64,
+    ) -> Result<(), ShimError> {
+        let request = AdjustRequest {
+            id: key.id().into(),
+            migration: migration.to_string(),
+            bandwidth,
+            ..Default::default()
+        };
+        let (client, failed) = connect(key, "change the bandwidth").await?;
+        client.adjust(within(QUICK), &request).await.map(drop).map_err(failed)
     }
 }
 

@@ -22,7 +22,7 @@ use std::{sync::Arc, time::Duration};
 use tokio::time::Instant;
 use tracing::Instrument;
 use transship_api::{
-    control::{MigrateRequest, PhaseTime, Report},
+    control::{MigrateRequest, PhaseTime, Report, Tuning},
     session::{Arrived, Discard, Offer, Prepare, agent_message::Message},
 };
 use transship_link::{Channel, connect_agent};
@@ -33,7 +33,7 @@ use crate::{
     daemon::TaskStatus,
     failure::{Failure, Step, from_session},
     node::{Destination, Node, random},
-    talk,
+    talk, tuning,
 };
 use depart::Outcome;
 use inspect::Subject;
@@ -59,6 +59,7 @@ pub async fn begin(node: &Arc<Node>, request: &MigrateRequest) -> Step<Arc<Live>
         Failure::new(Code::UnknownContainer, e.to_string(), "see `transship ps` for names")
     })?;
     let to = node.find(&request.node)?;
+    let tuning = tuning::choose(request.tuning.get_or_default(), &node.config.memory)?;
     if node.shutdown.is_cancelled() {
         return Err(Failure::new(Code::Busy, "transshipd is shutting down", "try again later"));
     }
@@ -69,7 +70,8 @@ pub async fn begin(node: &Arc<Node>, request: &MigrateRequest) -> Step<Arc<Live>
     let live = entry.live.clone();
     let span =
         tracing::info_span!("migration", id = %live.migration, container = %key, to = %to.name);
-    let source = Source { node: node.clone(), entry, key, to, keep: request.keep, phases: vec![] };
+    let (node_too, keep) = (node.clone(), request.keep);
+    let source = Source { node: node_too, entry, key, to, keep, tuning, phases: vec![] };
     node.tasks.spawn(source.run().instrument(span));
     Ok(live)
 }
@@ -80,6 +82,8 @@ struct Source {
     key: ContainerKey,
     to: Destination,
     keep: bool,
+    /// For the shim.
+    tuning: Tuning,
     phases: Vec<PhaseTime>,
 }
 
@@ -121,7 +125,7 @@ impl Source {
     async fn inspect(&mut self) -> Step<Subject> {
         let clock = self.phase("inspect");
         let subject = tokio::select! {
-            subject = inspect::inspect(&self.node, &self.key) => subject?,
+            subject = inspect::inspect(&self.node, &self.key, &self.tuning) => subject?,
             () = self.entry.cancelled() => return Err(cancelled()),
         };
         self.took("inspect", clock);
@@ -232,7 +236,7 @@ impl Source {
 
     async fn depart(mut self, mut ready: Ready, began: Instant) {
         match self.departure(&mut ready).await {
-            Outcome::StayedHome { mut failure, target } => {
+            Outcome::StayedHome { mut failure, target, departure } => {
                 let (left, target) = match target {
                     Some(target) => (Left::Discarded, Some(target)),
                     None => self.discard(&mut ready.channel, &failure).await,
@@ -240,6 +244,12 @@ impl Source {
                 // After a cancellation its reason is only that.
                 if !self.entry.live.cancel.is_cancelled() {
                     failure.0.extend(target.into_iter().flat_map(|target| target.0));
+                }
+                if let Some(departure) = departure {
+                    // No state is told: the target has none.
+                    let arrived = Arrived::default();
+                    let report = self.report(&departure, &arrived, ready.content_bytes, began);
+                    self.entry.remember(&report).await;
                 }
                 self.stayed_home(failure, left).await;
             }
@@ -287,7 +297,7 @@ impl Source {
     ) -> Report {
         // The shim's phases lie between our `prepare` and our `confirm`.
         let mut phases = std::mem::take(&mut self.phases);
-        let confirm = phases.pop();
+        let confirm = phases.pop_if(|last| last.phase == "confirm");
         phases.extend(departure.phases.iter().cloned());
         phases.extend(confirm);
         Report {
@@ -301,10 +311,11 @@ impl Source {
             target_pid: if arrived.pid > 0 { arrived.pid } else { departure.target_pid },
             downtime_us: departure.downtime_us,
             total_us: micros(began.elapsed()),
-            phases,
+            phases: listed_once(phases),
             image_bytes: departure.image_bytes,
             rootfs_bytes: departure.rootfs_bytes,
             content_bytes,
+            memory: departure.memory.clone(),
             ..Default::default()
         }
     }
@@ -317,6 +328,7 @@ impl Source {
         report.source_state = state;
         report.phases.append(&mut self.phases);
         tracing::info!(downtime_us = report.downtime_us, total_us = report.total_us, "departed");
+        self.entry.remember(&report).await;
         self.entry.end(Ending::Departed, &error, End::Moved(Box::new(report))).await;
     }
 
@@ -404,6 +416,19 @@ async fn wait_until_stopped(node: &Node, key: &ContainerKey) -> String {
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
+}
+
+/// Agents and shims each have an offer and a preparation of their own: to
+/// whoever asks how long it took they are one.
+fn listed_once(phases: Vec<PhaseTime>) -> Vec<PhaseTime> {
+    let mut once: Vec<PhaseTime> = Vec::with_capacity(phases.len());
+    for phase in phases {
+        match once.iter_mut().find(|other| other.phase == phase.phase) {
+            Some(same) => same.duration_us = same.duration_us.saturating_add(phase.duration_us),
+            None => once.push(phase),
+        }
+    }
+    once
 }
 
 fn cancelled() -> Failure {

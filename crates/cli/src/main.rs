@@ -6,11 +6,14 @@ mod cancel;
 mod check;
 mod client;
 mod error;
+mod limit;
 mod migrate;
 mod print;
 mod progress;
 mod ps;
+mod report;
 mod status;
+mod tuning;
 mod version;
 
 use std::{path::PathBuf, process::ExitCode};
@@ -72,6 +75,7 @@ enum Command {
     Ps(ps::Ps),
     Status(status::Status),
     Cancel(cancel::Cancel),
+    Limit(limit::Limit),
     Check(check::Check),
     Version(version::Version),
 }
@@ -84,6 +88,7 @@ async fn main() -> ExitCode {
         Command::Ps(command) => command.run(&common).await,
         Command::Status(command) => command.run(&common).await,
         Command::Cancel(command) => command.run(&common).await,
+        Command::Limit(command) => command.run(&common).await,
         Command::Check(command) => command.run(&common).await,
         Command::Version(command) => command.run(&common).await,
     };

@@ -3,13 +3,12 @@
 use std::{future::pending, time::Duration};
 
 use clap::Args;
-use serde_json::{Value, json};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     time::{Instant, sleep_until, timeout},
 };
 use transship_api::{
-    control::{CancelRequest, Failed, MigrateEvent, MigrateRequest, Report, migrate_event::Event},
+    control::{CancelRequest, Failed, MigrateEvent, MigrateRequest, migrate_event::Event},
     control_ttrpc::AgentClient,
 };
 
@@ -18,6 +17,8 @@ use crate::{
     error::{Failure, Reason},
     print,
     progress::Bar,
+    report,
+    tuning::Tuning,
 };
 
 /// For an agent that has said everything to close the stream.
@@ -28,6 +29,7 @@ Examples:
   transship migrate redis --to node-b
   transship migrate -n k8s.io 3f2a… --to node-b --output json
   transship migrate redis --to node-b@10.0.0.2:7430 --timeout 120
+  transship migrate redis --to node-b --max-pause 50ms --bandwidth 1Gbit/s
 
 The container keeps running here unless it runs there. Ctrl-C cancels and
 waits for the outcome, a second Ctrl-C does not wait; after the commit it is
@@ -51,6 +53,8 @@ pub struct Migrate {
     /// Cancel if it has not ended after so many seconds.
     #[arg(long, value_name = "SECONDS")]
     pub timeout: Option<u64>,
+    #[command(flatten)]
+    pub tuning: Tuning,
 }
 
 impl Migrate {
@@ -64,6 +68,7 @@ impl Migrate {
             container: self.container,
             node: self.to,
             keep: self.keep,
+            tuning: Some(self.tuning.message()).into(),
             ..Default::default()
         };
         let mut events = client
@@ -114,10 +119,10 @@ impl Migrate {
         if wishes.made < 2 {
             let _ = timeout(GOODBYE, events.recv()).await;
         }
-        let report = outcome?;
+        let done = outcome?;
         match common.output {
-            Output::Json => print::json(&as_json(&report)),
-            Output::Text => text(&report),
+            Output::Json => print::json(&report::as_json(&done)),
+            Output::Text => report::text(&done).iter().for_each(|line| print::line(line)),
         }
         Ok(())
     }
@@ -218,53 +223,4 @@ fn refused(what: &str, failed: Failed) -> Failure {
 
 fn internal(reason: &str) -> Reason {
     Reason { code: "internal".into(), reason: reason.into(), remedy: "see transshipd's log".into() }
-}
-
-fn as_json(r: &Report) -> Value {
-    let phases: Vec<_> = r
-        .phases
-        .iter()
-        .map(|p| json!({ "phase": p.phase, "duration_us": p.duration_us }))
-        .collect();
-    json!({
-        "migration": r.migration,
-        "namespace": r.namespace,
-        "container": r.container,
-        "source": r.source,
-        "target": r.target,
-        "source_state": r.source_state,
-        "target_state": r.target_state,
-        "target_pid": r.target_pid,
-        "downtime_us": r.downtime_us,
-        "total_us": r.total_us,
-        "phases": phases,
-        "image_bytes": r.image_bytes,
-        "rootfs_bytes": r.rootfs_bytes,
-        "content_bytes": r.content_bytes,
-    })
-}
-
-fn text(r: &Report) {
-    print::line(&format!(
-        "{}/{} moved from {} to {}",
-        r.namespace, r.container, r.source, r.target
-    ));
-    print::line(&format!(
-        "  {} there (pid {}), {} here",
-        r.target_state, r.target_pid, r.source_state
-    ));
-    print::line(&format!(
-        "  downtime {}, total {}",
-        print::micros(r.downtime_us),
-        print::micros(r.total_us)
-    ));
-    print::line(&format!(
-        "  sent {} of memory and state, {} of files, {} of image content",
-        print::bytes(r.image_bytes),
-        print::bytes(r.rootfs_bytes),
-        print::bytes(r.content_bytes)
-    ));
-    let phases: Vec<_> =
-        r.phases.iter().map(|p| format!("{} {}", p.phase, print::micros(p.duration_us))).collect();
-    print::line(&format!("  {}", phases.join(", ")));
 }

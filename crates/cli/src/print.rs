@@ -30,7 +30,7 @@ pub fn table(head: &[&str], rows: &[Vec<String>]) {
     }
 }
 
-fn layout(head: &[&str], rows: &[Vec<String>]) -> Vec<String> {
+pub fn layout(head: &[&str], rows: &[Vec<String>]) -> Vec<String> {
     let head: Vec<String> = head.iter().map(|h| h.to_string()).collect();
     let all: Vec<_> = std::iter::once(&head).chain(rows).collect();
     let wide = |column: usize| {
@@ -60,6 +60,15 @@ pub fn bytes(n: u64) -> String {
         (value, unit) = (value / 1024.0, next);
     }
     if unit == "B" { format!("{n} B") } else { format!("{value:.1} {unit}") }
+}
+
+pub fn rate(bytes_per_second: u64) -> String {
+    format!("{}/s", bytes(bytes_per_second))
+}
+
+/// `1 lane`, `2 lanes`.
+pub fn count(n: u64, what: &str) -> String {
+    if n == 1 { format!("1 {what}") } else { format!("{n} {what}s") }
 }
 
 pub fn micros(n: u64) -> String {

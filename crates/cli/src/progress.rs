@@ -8,12 +8,13 @@ use std::{
 use indicatif::{ProgressBar, ProgressStyle};
 use transship_api::control::Progress;
 
-use crate::Output;
+use crate::{Output, print};
 
 const COUNTED: &str =
     "{spinner} {msg:10} [{bar:30}] {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec}";
 const UNCOUNTED: &str = "{spinner} {msg:10} {binary_bytes} {binary_bytes_per_sec}";
 const BARE: &str = "{spinner} {msg} {elapsed}";
+const ROUNDS: &str = "{spinner} {msg}";
 
 pub struct Bar {
     bar: ProgressBar,
@@ -37,11 +38,15 @@ impl Bar {
             // The rate is that of the phase.
             self.bar.reset();
         }
-        let template = match (progress.bytes, progress.bytes_total) {
-            (0, 0) => BARE,
-            (_, 0) => UNCOUNTED,
+        let template = match (progress.round, progress.bytes, progress.bytes_total) {
+            (1.., ..) => ROUNDS,
+            (_, 0, 0) => BARE,
+            (_, _, 0) => UNCOUNTED,
             _ => COUNTED,
         };
+        if progress.round > 0 {
+            self.bar.set_message(round(progress));
+        }
         // The templates are constants, tested below.
         if let Ok(style) = ProgressStyle::with_template(template) {
             self.bar.set_style(style);
@@ -64,14 +69,38 @@ impl Bar {
     }
 }
 
+/// What matters while memory travels in rounds: the bytes that were sent are
+/// no measure of how far it is.
+pub fn round(p: &Progress) -> String {
+    let mut text = format!("round {}: {} to go", p.round, print::bytes(p.dirty_bytes));
+    if p.rate > 0 {
+        text += &format!(" at {}", print::rate(p.rate));
+    }
+    if p.expected_downtime_us > 0 {
+        text += &format!(", pause of {} expected", print::micros(p.expected_downtime_us));
+    }
+    text
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn the_templates_are_valid() {
-        for template in [COUNTED, UNCOUNTED, BARE] {
+        for template in [COUNTED, UNCOUNTED, BARE, ROUNDS] {
             ProgressStyle::with_template(template).unwrap();
         }
+    }
+
+    #[test]
+    fn a_round_says_what_is_left_and_what_to_expect() {
+        let mut progress = Progress { round: 2, dirty_bytes: 3 << 20, ..Default::default() };
+        assert_eq!(round(&progress), "round 2: 3.0 MiB to go");
+        (progress.rate, progress.expected_downtime_us) = (100 << 20, 64_000);
+        assert_eq!(
+            round(&progress),
+            "round 2: 3.0 MiB to go at 100.0 MiB/s, pause of 64.0 ms expected"
+        );
     }
 }

@@ -28,6 +28,8 @@ pub enum Outcome {
     StayedHome {
         failure: Failure,
         target: Option<Failure>,
+        /// Absent if the shim had not begun.
+        departure: Option<Box<Departure>>,
     },
     /// Only the target can tell; it may have done so already.
     InDoubt {
@@ -58,15 +60,15 @@ impl Source {
     pub(super) async fn departure(&mut self, ready: &mut Ready) -> Outcome {
         self.entry.phase("depart");
         if let Err(failure) = self.entry.departing().await {
-            return Outcome::StayedHome { failure, target: None };
+            return not_begun(failure);
         }
         if self.entry.live.cancel.is_cancelled() {
-            return Outcome::StayedHome { failure: cancelled(), target: None };
+            return not_begun(cancelled());
         }
         let request = self.depart_request(ready);
         let mut departing = match self.node.shims.depart(&self.key, request).await {
             Ok(departing) => departing,
-            Err(e) => return Outcome::StayedHome { failure: e.into(), target: None },
+            Err(e) => return not_begun(e.into()),
         };
         let mut heard = Heard::default();
         let mut asked_to_stop = false;
@@ -74,10 +76,7 @@ impl Source {
             tokio::select! {
                 event = time::timeout(SILENCE, departing.next()) => match event {
                     Ok(Ok(Some(event))) => match event.event {
-                        Some(Event::Progress(p)) => {
-                            self.entry.phase(&p.phase);
-                            self.entry.progress(p.bytes, p.bytes_total);
-                        }
+                        Some(Event::Progress(p)) => self.entry.shim_progress(p),
                         Some(Event::Departure(d)) => return self.over(d, heard, asked_to_stop),
                         Some(_) | None => {}
                     },
@@ -125,6 +124,7 @@ impl Source {
                 ..Default::default()
             })
             .into(),
+            tuning: Some(self.tuning.clone()).into(),
             ..Default::default()
         }
     }
@@ -149,14 +149,19 @@ impl Source {
                 } else {
                     Failure::new(
                         Code::Runtime,
-                        departure.error,
+                        departure.error.clone(),
                         "see transshipd's log on both nodes and the shim's in containerd's",
                     )
                 };
-                Outcome::StayedHome { failure, target: heard.failed }
+                let departure = Some(Box::new(departure));
+                Outcome::StayedHome { failure, target: heard.failed, departure }
             }
             // "in-doubt", and whatever a later shim may say.
             _ => Outcome::InDoubt { error: departure.error, proof: heard.proof() },
         }
     }
+}
+
+fn not_begun(failure: Failure) -> Outcome {
+    Outcome::StayedHome { failure, target: None, departure: None }
 }

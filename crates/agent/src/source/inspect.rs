@@ -1,12 +1,16 @@
 //! Whether a container can leave, and what has to be known about it.
 
-use transship_api::session::{Container, Descriptor, Stdio};
+use transship_api::{
+    control::Tuning,
+    session::{Container, Descriptor, Stdio},
+};
 use transship_types::{Code, ContainerKey, Refusal};
 
 use crate::{
     daemon::{DaemonError, Task, TaskStatus},
     failure::{Failure, Step, from_control},
     node::Node,
+    tuning::wants_post_copy,
 };
 
 pub struct Subject {
@@ -22,7 +26,7 @@ pub struct Subject {
 }
 
 /// Everything about the container, or every reason against moving it.
-pub async fn inspect(node: &Node, key: &ContainerKey) -> Step<Subject> {
+pub async fn inspect(node: &Node, key: &ContainerKey, tuning: &Tuning) -> Step<Subject> {
     let found = node.daemon.describe(key).await.map_err(|e| unknown(node, key, e))?;
     let state = refusals_of(node, key, &found.record.runtime, found.task.as_ref());
     let task = match (state.is_empty(), found.task) {
@@ -32,6 +36,13 @@ pub async fn inspect(node: &Node, key: &ContainerKey) -> Step<Subject> {
     };
     let looked = node.shims.inspect(key).await?;
     let mut refusals: Vec<Refusal> = looked.refusals.into_iter().map(from_control).collect();
+    if wants_post_copy(tuning) && !looked.post_copy {
+        refusals.push(Refusal::new(
+            Code::Unsupported,
+            format!("the shim of {key} does not let it run before all of its memory is there"),
+            "use --post-copy never, or give it a longer --max-pause",
+        ));
+    }
     let (content, absent) = match content(node, key).await {
         Ok(found) => found,
         Err(failure) => {

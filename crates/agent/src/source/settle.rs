@@ -6,7 +6,7 @@ use std::{sync::Arc, time::Duration};
 use tokio::time;
 use tracing::Instrument;
 use transship_api::{
-    control::{Departure, Report},
+    control::{Departure, Report, Tuning},
     session::{Arrived, Inquiry, agent_message::Message},
 };
 use transship_link::{Channel, connect_agent};
@@ -47,7 +47,9 @@ pub async fn resume(node: &Arc<Node>) {
             tracing::info_span!("migration", id = %record.migration, container = %key, to = %peer);
         let Ok(entry) = node.book.reopen(record).await else { continue };
         let to = Destination { name: peer, address };
-        let source = Source { node: node.clone(), entry, key, to, keep, phases: vec![] };
+        // What is left to do moves no memory.
+        let tuning = Tuning::default();
+        let source = Source { node: node.clone(), entry, key, to, keep, tuning, phases: vec![] };
         let error = "transshipd was restarted during the migration";
         let work = async move {
             if departing {

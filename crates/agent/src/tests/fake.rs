@@ -16,7 +16,8 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use transship_api::{
     control::{
-        DepartEvent, DepartRequest, Departure, InspectResponse, Progress, depart_event::Event,
+        DepartEvent, DepartRequest, Departure, InspectResponse, MemoryReport, PhaseTime, Progress,
+        depart_event::Event,
     },
     session::{Any, Container, Descriptor, Hello, Stdio},
 };
@@ -67,6 +68,8 @@ pub struct Fake {
     dead: watch::Sender<bool>,
     /// Departures under way, and whether they may still be abandoned.
     departures: Mutex<HashMap<ContainerKey, (CancellationToken, bool)>>,
+    /// The last bandwidth that was asked for.
+    pub adjusted: Mutex<HashMap<ContainerKey, u64>>,
 }
 
 impl Fake {
@@ -79,6 +82,7 @@ impl Fake {
             reached: watch::Sender::default(),
             dead: watch::Sender::default(),
             departures: Mutex::default(),
+            adjusted: Mutex::default(),
         })
     }
 
@@ -415,7 +419,8 @@ impl Shims for FakeShims {
         fake.departures.lock().unwrap().insert(key.clone(), (stop.clone(), true));
         let (events, receiver) = mpsc::channel(8);
         tokio::spawn(async move {
-            let progress = Progress { phase: "memory".into(), bytes: 5, ..Default::default() };
+            let progress =
+                Progress { phase: "rounds".into(), bytes: 5, round: 1, ..Default::default() };
             let _ = events.send(event(Event::Progress(progress))).await;
             let ending = leave(&fake, &key, request, stop).await;
             let _ = events.send(event(Event::Departure(ending))).await;
@@ -446,6 +451,16 @@ impl Shims for FakeShims {
         self.0.set_status(key, status);
         Ok(if runs_there { "departed" } else { "stayed-home" }.into())
     }
+
+    async fn adjust(
+        &self,
+        key: &ContainerKey,
+        _: &MigrationId,
+        bandwidth: u64,
+    ) -> Result<(), ShimError> {
+        self.0.adjusted.lock().unwrap().insert(key.clone(), bandwidth);
+        Ok(())
+    }
 }
 
 fn event(event: Event) -> DepartEvent {
@@ -461,6 +476,10 @@ impl Departing for Events {
     }
 }
 
+fn took_one(phase: &str) -> PhaseTime {
+    PhaseTime { phase: phase.into(), duration_us: 1, ..Default::default() }
+}
+
 /// The source's shim: frozen means Paused here.
 async fn leave(
     fake: &Arc<Fake>,
@@ -473,6 +492,14 @@ async fn leave(
         error,
         downtime_us: 7,
         image_bytes: 2000,
+        phases: ["offer", "prepare", "rounds", "freeze"].map(took_one).into(),
+        // What it was told, so that a test sees it.
+        memory: Some(MemoryReport {
+            lanes: request.tuning.lanes,
+            expected_downtime_us: request.tuning.max_pause_us,
+            ..Default::default()
+        })
+        .into(),
         ..Default::default()
     };
     let home = |error: String| {

@@ -1,9 +1,11 @@
 //! What happens when nothing goes wrong.
 
-use super::world::{World, end, ending, eventually};
+use super::world::{Side, World, end, ending, eventually};
 use crate::{
     book::{End, Ending},
+    control::Control,
     daemon::TaskStatus,
+    source,
 };
 
 fn moved(end: End) -> transship_api::control::Report {
@@ -28,7 +30,10 @@ async fn a_container_moves_with_its_image() {
     let phases: Vec<_> = report.phases.iter().map(|p| p.phase.as_str()).collect();
     assert_eq!(
         phases,
-        ["inspect", "connect", "offer", "content", "prepare", "confirm", "clean up"]
+        [
+            "inspect", "connect", "offer", "content", "prepare", "rounds", "freeze", "confirm",
+            "clean up"
+        ]
     );
 
     assert!(world.a.fake.state().containers.is_empty());
@@ -102,4 +107,62 @@ async fn a_lost_answer_of_the_daemon_loses_no_container() {
     let end = world.migrate().await;
     assert_eq!(world.runs_on(), "b", "{end:?}");
     assert_eq!(world.at_target(), Some(Ending::Arrived));
+}
+
+/// The request's wish, then the configuration's; the shim says what it made
+/// of it, and the book keeps that.
+#[tokio::test]
+async fn the_shim_hears_how_memory_is_to_travel_and_its_report_is_kept() {
+    let mut world = World::new().await;
+    world.a.close().await;
+    let fake = world.a.fake.clone();
+    world.a = Side::over(&world.dir, "a", fake, |config| {
+        config.memory.lanes = Some(3);
+        config.memory.max_pause = Some(std::time::Duration::from_millis(9));
+    })
+    .await;
+    let mut request = world.request();
+    request.tuning.mut_or_insert_default().lanes = 5;
+    let live = source::begin(&world.a.node, &request).await.unwrap();
+    let report = moved(end(&live).await);
+    assert_eq!((report.memory.lanes, report.memory.expected_downtime_us), (5, 9000));
+    assert_eq!(world.a.node.book.report(&live.migration).await.unwrap(), report);
+}
+
+#[tokio::test]
+async fn one_that_stayed_home_has_a_report_too() {
+    let world = World::new().await;
+    world.b.fake.state().fail.insert("restore", "no luck");
+    let live = world.begin().await.unwrap();
+    assert_eq!(ending(&end(&live).await).0, Ending::StayedHome);
+    let report = world.a.node.book.report(&live.migration).await.unwrap();
+    let phases: Vec<_> = report.phases.iter().map(|p| p.phase.as_str()).collect();
+    assert_eq!(phases, ["inspect", "connect", "offer", "content", "prepare", "rounds", "freeze"]);
+    assert!(report.target_state.is_empty());
+}
+
+#[tokio::test]
+async fn the_bandwidth_changes_while_memory_travels_and_only_then() {
+    let world = World::new().await;
+    let control = Control(world.a.node.clone());
+    let book = &world.a.node.book;
+    world.a.fake.hold("read");
+    let live = world.begin().await.unwrap();
+    world.a.fake.until("read").await;
+    let early = control.adjust(&book.record(&live.migration).unwrap(), 5).await.unwrap_err();
+    assert!(early.sentence().contains("does not travel yet"), "{early:?}");
+
+    world.a.fake.hold("pages");
+    world.a.fake.release("read");
+    world.a.fake.until("pages").await;
+    control.adjust(&book.record(&live.migration).unwrap(), 5).await.unwrap();
+    assert_eq!(world.a.fake.adjusted.lock().unwrap()[&world.key], 5);
+    let at_target = world.b.node.book.record(&live.migration).unwrap();
+    let elsewhere = Control(world.b.node.clone()).adjust(&at_target, 5).await.unwrap_err();
+    assert!(elsewhere.sentence().contains("is sent by a"), "{elsewhere:?}");
+
+    world.a.fake.release("pages");
+    moved(end(&live).await);
+    let late = control.adjust(&book.record(&live.migration).unwrap(), 5).await.unwrap_err();
+    assert!(late.sentence().contains("has ended before: departed"), "{late:?}");
 }

@@ -118,6 +118,27 @@ async fn a_target_may_admit_some_nodes_only() {
     assert_eq!(world.runs_on(), "a");
 }
 
+#[tokio::test]
+async fn tuning_that_cannot_be_is_refused_before_anything() {
+    let world = World::new().await;
+    for (post_copy, lanes, code) in [
+        ("sometimes", 1, Code::Malformed),
+        ("", 99, Code::Malformed),
+        ("auto", 1, Code::Unsupported),
+    ] {
+        let mut request = world.request();
+        let tuning = request.tuning.mut_or_insert_default();
+        (tuning.post_copy, tuning.lanes) = (post_copy.into(), lanes);
+        let codes = match source::begin(&world.a.node, &request).await {
+            Ok(live) => ending(&super::world::end(&live).await).1,
+            Err(failure) => failure.0.iter().map(|r| r.code).collect(),
+        };
+        assert_eq!(codes, [code], "{post_copy} {lanes}");
+    }
+    assert_eq!(world.runs_on(), "a");
+    assert!(world.at_target().is_none());
+}
+
 /// Whatever fails on the target before the commit is undone there.
 #[tokio::test]
 async fn a_failure_on_the_target_leaves_nothing() {
