@@ -43,6 +43,13 @@ pub enum CriuError {
     /// CRIU answered before the awaited notification came.
     #[error("CRIU ended the {kind} before {awaited}: {outcome}")]
     Ended { kind: Kind, awaited: String, outcome: Outcome },
+    #[error("hiding memory from CRIU: {what}")]
+    Hide { what: &'static str, source: io::Error },
+    #[error("CRIU is in our own mount namespace: its gate was not isolated")]
+    NotIsolated,
+    /// Some processes are hidden and some are not; CRIU must not dump.
+    #[error("memory was hidden from CRIU in part and cannot be shown again")]
+    HalfHidden,
     #[error("the gate was closed")]
     Closed,
     #[error("{0}")]

@@ -34,6 +34,7 @@ const MAX_STDERR: u64 = 2048;
 pub struct Gate {
     dir: Arc<GateDir>,
     criu: PathBuf,
+    isolated: bool,
     sessions: mpsc::Receiver<Result<Conversation, CriuError>>,
     listening: AbortHandle,
 }
@@ -61,7 +62,16 @@ impl Gate {
         // One at a time is enough: a runtime runs one CRIU after the other.
         let (found, sessions) = mpsc::channel(1);
         let listening = tokio::spawn(listen(listener, dir.clone(), found)).abort_handle();
-        Ok(Gate { dir, criu, sessions, listening })
+        Ok(Gate { dir, criu, isolated: false, sessions, listening })
+    }
+
+    /// CRIU gets a mount namespace of its own, into which the host's mounts
+    /// still come, but out of which none goes: [`Hider`](crate::Hider) needs
+    /// that. Only for a dump. On restore CRIU's working directory would lie in
+    /// a foreign namespace and its mounts would fail (EINVAL).
+    pub fn isolate(mut self) -> Self {
+        self.isolated = true;
+        self
     }
 
     /// Removes the gates of processes that were killed and could not.
@@ -76,11 +86,15 @@ impl Gate {
             path.push(":");
             path.push(inherited);
         }
-        vec![
+        let mut environment = vec![
             ("PATH".into(), path),
             (stub::GATE.into(), self.dir.socket().into_os_string()),
             (stub::CRIU.into(), self.criu.clone().into_os_string()),
-        ]
+        ];
+        if self.isolated {
+            environment.push((stub::ISOLATE.into(), "1".into()));
+        }
+        environment
     }
 
     #[cfg(any(test, feature = "fake"))]

@@ -2,8 +2,8 @@
 //!
 //! `criu swrk N` speaks RPC on descriptor N. The stub gives that descriptor to
 //! the gate, puts the one it gets back in its place and becomes the real CRIU:
-//! same pid, same parent, same cgroup. It enters no namespace: CRIU's working
-//! directory would lie in a foreign one and its mounts would fail (EINVAL).
+//! same pid, same parent, same cgroup. For a dump through an isolated gate it
+//! enters a mount namespace of its own first; a restore must not have that.
 
 use std::{
     env,
@@ -24,6 +24,8 @@ use crate::{features, packet::Packet, sys};
 pub(crate) const GATE: &str = "TRANSSHIP_GATE";
 /// The real CRIU.
 pub(crate) const CRIU: &str = "TRANSSHIP_CRIU";
+/// Set: CRIU gets its own mount namespace.
+pub(crate) const ISOLATE: &str = "TRANSSHIP_ISOLATE";
 /// Beside the gate's socket: what CRIU and the stub say on stderr.
 pub(crate) const STDERR: &str = "criu.err";
 
@@ -55,6 +57,11 @@ fn run(gate: Option<&Path>, arguments: &[OsString]) -> io::Error {
         && let Err(error) = hand_over(gate, number)
     {
         return error;
+    }
+    if env::var_os(ISOLATE).is_some()
+        && let Err(error) = sys::own_mount_namespace()
+    {
+        return io::Error::new(error.kind(), format!("a mount namespace for CRIU: {error}"));
     }
     let mut command = Command::new(&criu);
     command.arg0("criu").args(arguments);
@@ -100,7 +107,7 @@ fn open_stderr(gate: &Path) -> io::Result<File> {
 
 /// CRIU and what it starts (tar, iptables) see the world as without us.
 fn forget_the_gate(command: &mut Command, gate: Option<&Path>) {
-    command.env_remove(GATE).env_remove(CRIU);
+    command.env_remove(GATE).env_remove(CRIU).env_remove(ISOLATE);
     let dir = gate.and_then(Path::parent);
     let kept = env::var_os("PATH").and_then(|path| {
         env::join_paths(env::split_paths(&path).filter(|entry| Some(entry.as_path()) != dir)).ok()
