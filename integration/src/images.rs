@@ -29,10 +29,13 @@ pub enum Image {
     Python,
     /// What Kubernetes holds a pod's namespaces with: no shell, not root.
     Pause,
+    /// `workload`, memory that is written while it moves, where it is built.
+    Workload,
 }
 
 impl Image {
-    pub const ALL: [Self; 4] = [Self::Busybox, Self::Redis, Self::Python, Self::Pause];
+    pub const ALL: [Self; 5] =
+        [Self::Busybox, Self::Redis, Self::Python, Self::Pause, Self::Workload];
 
     pub fn reference(self) -> &'static str {
         match self {
@@ -40,6 +43,7 @@ impl Image {
             Self::Redis => "docker.io/library/redis:7",
             Self::Python => "docker.io/library/python:3",
             Self::Pause => "registry.k8s.io/pause:3.8",
+            Self::Workload => "docker.io/library/workload:1",
         }
     }
 
@@ -49,6 +53,7 @@ impl Image {
             Self::Redis => "redis",
             Self::Python => "python",
             Self::Pause => "pause",
+            Self::Workload => "workload",
         }
     }
 
@@ -61,12 +66,17 @@ impl Image {
                 "Cmd": ["redis-server", "--save", "", "--protected-mode", "no"]}),
             Self::Python => json!({"Env": [path], "Cmd": ["python3"]}),
             Self::Pause => json!({"Env": [path], "Entrypoint": ["/pause"], "User": "65535:65535"}),
+            Self::Workload => json!({"Env": [path], "Cmd": ["workload"]}),
         }
     }
 
     /// What of ours is in it: once that is newer, the archive is made again.
     fn source(self) -> Option<PathBuf> {
-        if self == Self::Redis { redis_writer() } else { None }
+        match self {
+            Self::Redis => ours("redis-writer"),
+            Self::Workload => ours("workload"),
+            Self::Busybox | Self::Python | Self::Pause => None,
+        }
     }
 
     fn fill(self, root: &Path) -> Result<()> {
@@ -78,13 +88,21 @@ impl Image {
                 // One program under two names: it looks at the name.
                 program(root, Path::new("/usr/bin/redis-check-rdb"), "usr/bin/redis-server")?;
                 program(root, Path::new("/usr/bin/redis-cli"), "usr/bin/redis-cli")?;
-                if let Some(writer) = redis_writer() {
+                if let Some(writer) = ours("redis-writer") {
                     program(root, &writer, "usr/bin/redis-writer")?;
                 }
             }
             Self::Python => {
                 base(root)?;
                 python(root)?;
+            }
+            Self::Workload => {
+                base(root)?;
+                // Where it is driven from.
+                fs::create_dir(root.join("workload"))?;
+                if let Some(workload) = ours("workload") {
+                    program(root, &workload, "usr/bin/workload")?;
+                }
             }
         }
         Ok(())
@@ -234,10 +252,10 @@ int main(void) {
     Ok(())
 }
 
-/// The client of the demo, built beside the harness.
-fn redis_writer() -> Option<PathBuf> {
+/// A program of the harness's own, built beside it.
+fn ours(name: &str) -> Option<PathBuf> {
     let dir = locate::bin_dir().ok()?;
-    Some(dir.join("redis-writer")).filter(|path| path.exists())
+    Some(dir.join(name)).filter(|path| path.exists())
 }
 
 // --- the archive -------------------------------------------------------------

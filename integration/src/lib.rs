@@ -28,6 +28,7 @@ mod node;
 mod rlimits;
 pub mod stdio;
 mod wait;
+pub mod workload;
 mod world;
 
 pub use leftovers::Things;
