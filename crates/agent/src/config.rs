@@ -235,7 +235,7 @@ mod tests {
             ("[memory]\nmax_pause = \"2h\"", "line 2", "100ms"),
             ("[memory]\nmax_pause = \"90s\"", "line 2", "from 1ms to 60s"),
             ("[memory]\nthrottle = \"on\"", "line 2", "auto, never"),
-            ("[memory]\nlanes = 0", "line 2", "from 1 to 32"),
+            ("[memory]\nlanes = 0", "line 2", "from 1 to 16"),
             ("[memory]\nbandwidth = \"1\"", "line 2", "1Gbit/s"),
         ] {
             let error = parse(text).unwrap_err();

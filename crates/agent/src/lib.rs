@@ -21,6 +21,7 @@ mod listener;
 pub mod node;
 mod offer;
 mod preflight;
+mod room;
 pub mod serve;
 pub mod shim;
 mod source;

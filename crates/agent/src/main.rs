@@ -63,7 +63,7 @@ Environment:
 ///   max_pause = "100ms"
 ///   throttle = "auto"             # or "never"
 ///   post_copy = "never"           # or "auto", "always"
-///   lanes = 4
+///   lanes = 2
 ///   bandwidth = "none"            # or "1Gbit/s", "100MiB/s"
 ///   compress = "auto"             # or "never", "lz4", "zstd"
 #[derive(Parser)]

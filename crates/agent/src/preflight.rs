@@ -15,13 +15,23 @@ use transship_criu::features::OLDEST;
 use transship_types::{Code, Refusal};
 
 use crate::{
-    config::Limits, containerd::spec::Network, daemon::DaemonError, host, node::Node,
+    config::Limits,
+    containerd::spec::Network,
+    daemon::DaemonError,
+    node::Node,
     offer::Checked,
+    room::{self, Room},
 };
 
 /// A layer arrives compressed and is then unpacked; a factor of three covers
 /// both for all but the emptiest files.
 const UNPACKED: u64 = 3;
+
+/// What an arrival takes beside its pages, which are there once: page tables,
+/// the index of those that wait, buffers of the lanes, CRIU and its images.
+const BESIDE_PAGES: u64 = 32 << 20;
+/// The same, for what grows with the memory.
+const PART_BESIDE_PAGES: u64 = 32;
 
 /// Made by the daemon for each container, on the target as on the source.
 const DAEMONS_OWN: [&str; 6] = [
@@ -42,7 +52,7 @@ pub struct Facts {
     pub has_snapshotter: bool,
     pub missing: Vec<String>,
     pub disk_free: u64,
-    pub memory_available: u64,
+    pub memory: Room,
     /// Absolute sources of bind mounts and namespaces that are not here.
     pub absent_paths: HashSet<String>,
     pub shim: bool,
@@ -58,7 +68,7 @@ pub async fn gather(node: &Node, offer: &Checked) -> Result<Facts, DaemonError> 
         has_snapshotter: daemon.has_snapshotter(snapshotter).await?,
         missing: daemon.missing(offer.key.namespace(), &offer.content).await?,
         disk_free: daemon.free_disk().await?,
-        memory_available: host::memory_available()
+        memory: room::of(offer.spec.cgroup_path())
             .map_err(|e| DaemonError::failed("to read /proc/meminfo", e))?,
         absent_paths: HashSet::new(),
         shim: has_shim(&offer.record.runtime),
@@ -291,7 +301,7 @@ fn room(offer: &Checked, here: &Facts, limits: &Limits) -> Vec<Refusal> {
         .filter(|blob| missing.contains(&blob.digest))
         .map(|blob| blob.size.unsigned_abs())
         .fold(0, u64::saturating_add);
-    let mut check = |what: &str, wanted: u64, free: u64, reserve_mib: u64, help: &str| {
+    let mut check = |what: String, wanted: u64, free: u64, reserve_mib: u64, help: &str| {
         let reserve = reserve_mib.saturating_mul(1 << 20);
         if wanted.saturating_add(reserve) > free {
             refusals.push(Refusal::new(
@@ -308,20 +318,26 @@ fn room(offer: &Checked, here: &Facts, limits: &Limits) -> Vec<Refusal> {
     };
     let disk = content.saturating_mul(UNPACKED).saturating_add(offer.rootfs_bytes);
     check(
-        "disk",
+        "disk".into(),
         disk,
         here.disk_free,
         limits.disk_reserve_mib,
         "free some below containerd's root there, or lower limits.disk_reserve_mib",
     );
     check(
-        "memory",
-        offer.memory_bytes,
-        here.memory_available,
+        format!("memory (within {})", here.memory.bound_by),
+        memory_needed(offer.memory_bytes),
+        here.memory.bytes,
         limits.memory_reserve_mib,
-        "free some there, or lower limits.memory_reserve_mib",
+        "free some there or raise that limit, or lower limits.memory_reserve_mib",
     );
     refusals
+}
+
+/// Pages that have arrived wait on the target until they are placed, and are
+/// given back as they are: there is one copy and what belongs to it.
+pub fn memory_needed(memory_bytes: u64) -> u64 {
+    memory_bytes.saturating_add(memory_bytes / PART_BESIDE_PAGES).saturating_add(BESIDE_PAGES)
 }
 
 fn mib(bytes: u64) -> String {

@@ -33,7 +33,7 @@ fn facts() -> Facts {
         host: host(),
         has_snapshotter: true,
         disk_free: 10 << 30,
-        memory_available: 10 << 30,
+        memory: Room { bytes: 10 << 30, bound_by: "the machine".into() },
         shim: true,
         oci_runtime: true,
         ..Default::default()
@@ -65,7 +65,7 @@ fn each_reason_has_its_code_and_a_remedy() {
         ("runc", Code::Runtime, |f| f.oci_runtime = false),
         ("snapshotter", Code::Daemon, |f| f.has_snapshotter = false),
         ("disk", Code::Space, |f| f.disk_free = 1 << 20),
-        ("memory", Code::Space, |f| f.memory_available = 1 << 20),
+        ("memory", Code::Space, |f| f.memory.bytes = 1 << 20),
         ("disk for content", Code::Space, |f| {
             // Ten bytes of content become thirty; that is one too many.
             f.missing = vec![digest(1)];
@@ -127,6 +127,27 @@ fn networks_and_mounts_must_be_there() {
     let of_a_process = r#"{"linux":{"namespaces":[{"type":"network","path":"/proc/77/ns/net"}]}}"#;
     let refusals = judge(&offer_with(of_a_process), &facts, &Limits::default());
     assert_eq!(codes(&refusals), [Code::Mount]);
+}
+
+/// One byte less is refused, with whose limit it is.
+#[test]
+fn memory_needs_room_for_more_than_its_pages() {
+    let mut offer = plain();
+    offer.memory_bytes = 1 << 30;
+    let limits = Limits { memory_reserve_mib: 1, ..Default::default() };
+    let enough = (1 << 30) + (32 << 20) + (32 << 20) + (1 << 20);
+    let judged = |bytes| {
+        let memory = Room { bytes, bound_by: "the control group /pods".into() };
+        judge(&offer, &Facts { memory, ..facts() }, &limits)
+    };
+    assert_eq!(judged(enough), []);
+    let refusals = judged(enough - 1);
+    assert_eq!(codes(&refusals), [Code::Space]);
+    let reason = &refusals[0].reason;
+    assert!(
+        reason.contains("the control group /pods") && reason.contains("1088 MiB are needed"),
+        "{reason}"
+    );
 }
 
 #[test]

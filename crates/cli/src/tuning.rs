@@ -20,7 +20,7 @@ pub struct Tuning {
     /// Let it run there before all its memory is there (never).
     #[arg(long, value_parser = tuning::POST_COPY)]
     pub post_copy: Option<String>,
-    /// Connections for pages.
+    /// Connections for pages (2).
     #[arg(long, value_name = "N", value_parser = lanes)]
     pub lanes: Option<u32>,
     /// A limit for pages on the wire, such as 1Gbit/s or 100MiB/s, or none
@@ -127,8 +127,8 @@ mod tests {
             ("--max-pause=61s", "from 1ms to 60s"),
             ("--throttle=maybe", "auto, never"),
             ("--post-copy=on", "never, auto, always"),
-            ("--lanes=0", "from 1 to 32"),
-            ("--lanes=99", "from 1 to 32"),
+            ("--lanes=0", "from 1 to 16"),
+            ("--lanes=99", "from 1 to 16"),
             ("--bandwidth=fast", "write it like 1Gbit/s"),
             ("--bandwidth=0MB/s", "write it like 1Gbit/s"),
             ("--compress=gzip", "auto, never, lz4, zstd"),

@@ -10,9 +10,7 @@ pub const POST_COPY: [&str; 3] = ["never", "auto", "always"];
 /// How pages are compressed.
 pub const COMPRESS: [&str; 4] = ["auto", "never", "lz4", "zstd"];
 /// Connections for pages. Each one is a thread on either side.
-pub const LANES: RangeInclusive<u32> = 1..=32;
+pub const LANES: RangeInclusive<u32> = 1..=16;
 /// Below it no round ever ends early enough; above it there is nothing to aim
 /// at.
 pub const MAX_PAUSE: RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from_secs(60);
-/// The pause that rounds aim at unless told otherwise.
-pub const DEFAULT_PAUSE: Duration = Duration::from_millis(100);
