@@ -4,6 +4,7 @@ use std::{io, path::PathBuf};
 
 use thiserror::Error;
 use transship_link::LinkError;
+use transship_memory::MemoryError;
 use transship_rootfs::RootfsError;
 use transship_types::{Code, InvalidName, Refusal};
 use transship_wire::WireError;
@@ -41,6 +42,8 @@ pub enum MigrationError {
     /// The other side says no, and why.
     #[error("the other node: {0}")]
     Peer(Refusal),
+    #[error("its memory failed")]
+    Memory(#[from] MemoryError),
     #[error("cancelled")]
     Cancelled,
     #[error("{what} took longer than {seconds} s")]
@@ -65,6 +68,9 @@ impl MigrationError {
             Self::Image { .. } | Self::Journal { .. } => Code::Space,
             Self::Malformed { .. } | Self::Name(_) => Code::Malformed,
             Self::Peer(refusal) => refusal.code,
+            Self::Memory(MemoryError::Full { .. }) => Code::Space,
+            Self::Memory(MemoryError::Invalid(_)) => Code::Malformed,
+            Self::Memory(_) => Code::Runtime,
             Self::Cancelled => Code::Cancelled,
             Self::Timeout { .. } => Code::Timeout,
         }

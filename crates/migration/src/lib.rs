@@ -38,6 +38,7 @@ pub mod journal;
 mod lanes;
 mod limits;
 mod options;
+pub mod pages;
 mod phase;
 pub mod policy;
 pub mod report;
