@@ -6,11 +6,21 @@
 #![deny(unsafe_code)]
 
 pub mod codec;
+mod dirty;
 mod error;
+mod inject;
+mod maps;
+mod obstacles;
+mod read;
+mod spaces;
+mod stop;
 #[allow(unsafe_code)]
 mod sys;
+mod tracker;
 
 pub use error::MemoryError;
+pub use obstacles::obstacles;
+pub use tracker::{Pids, Statistics, Tracker, Want};
 
 use std::time::Duration;
 

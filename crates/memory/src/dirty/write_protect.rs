@@ -1,0 +1,182 @@
+//! Asynchronous write-protection (Linux 6.7): a page that we protected and
+//! that is written loses its protection by itself, nobody waits, and one scan
+//! of the page tables names those pages and protects them again.
+//!
+//! A userfaultfd of the process's own memory is what sets it up ([`inject`]).
+//! Everything that happens to memory behind our back ends in mappings that are
+//! not registered with it: new ones, moved ones, those of a forked child, all
+//! of them after execve(2). The scan refuses those, and then everything in
+//! them counts as changed. The same holds for any other trouble with a range.
+
+use std::{io, time::Instant};
+
+use transship_types::{PageRange, PageSet};
+
+use super::{
+    Cost, Pages, Watch,
+    table::{Categories, Collector, Pagemap, changed, spans},
+};
+use crate::{
+    inject,
+    maps::{self, Mapping},
+    spaces::Process,
+    sys::uffd::{Mode, Userfaultfd, feature},
+};
+
+/// All that is asked of the kernel. No events: the process would wait for us
+/// to read them.
+const FEATURES: u64 = feature::WP_ASYNC | feature::WP_UNPOPULATED | feature::WP_HUGETLBFS_SHMEM;
+
+/// Whether the kernel has all of it, tried on ourselves.
+pub(super) fn available() -> Result<Categories, String> {
+    if !inject::SUPPORTED {
+        return Err("not available on this architecture".into());
+    }
+    let own = Userfaultfd::create().map_err(|error| format!("no userfaultfd ({error})"))?;
+    own.api(FEATURES).map_err(|error| format!("no asynchronous write-protection ({error})"))?;
+    Categories::known()
+}
+
+pub(super) struct WriteProtect {
+    categories: Categories,
+    uffd: Option<Userfaultfd>,
+    /// Watched by a userfaultfd of the process's own: not ours to reset.
+    foreign: PageSet,
+}
+
+impl WriteProtect {
+    pub fn new(categories: Categories) -> Self {
+        Self { categories, uffd: None, foreign: PageSet::new() }
+    }
+
+    /// Names what was written in the mappings that are watched, and answers
+    /// those that are not.
+    fn rescan<'a>(
+        &mut self,
+        maps: &'a [Mapping],
+        pagemap: &mut Pagemap,
+        dirty: &mut Collector,
+    ) -> Vec<&'a Mapping> {
+        let mut watched = 0;
+        let mut unwatched = Vec::new();
+        for mapping in maps.iter().filter(|mapping| mapping.moves()) {
+            let ours = self.foreign.within(mapping.range).next().is_none()
+                && pagemap
+                    .scan(mapping.range, &self.categories.rearm(), |r| dirty.add(r.start, r.end))
+                    .is_ok();
+            if ours {
+                watched += 1;
+            } else {
+                // An error may follow on pages that were protected already
+                // and not named. That is why all of them count as changed.
+                unwatched.push(mapping);
+            }
+        }
+        // Not even a stack: another program is running.
+        if watched == 0 {
+            self.uffd = None;
+        }
+        unwatched
+    }
+
+    fn attach(&mut self, process: &Process, cost: &mut Cost) {
+        self.foreign = PageSet::new();
+        let taken = match inject::userfaultfd_of(process) {
+            Ok(taken) => taken,
+            Err(refused) => {
+                cost.unwatched = Some(refused.to_string());
+                return;
+            }
+        };
+        cost.stopped = Some(taken.stopped);
+        let uffd = Userfaultfd::from(taken.uffd);
+        match uffd.api(FEATURES) {
+            Ok(_) => self.uffd = Some(uffd),
+            Err(error) => cost.unwatched = Some(format!("its userfaultfd was refused: {error}")),
+        }
+    }
+
+    /// Names everything in a mapping, and watches it from now on if possible.
+    fn adopt(
+        &mut self,
+        mapping: &Mapping,
+        pagemap: &mut Pagemap,
+        dirty: &mut Collector,
+    ) -> io::Result<()> {
+        let range = mapping.range;
+        if !mapping.writable {
+            // A program's code: nothing changed in it, and to watch it would
+            // make its page faults slower.
+            let mut own = false;
+            pagemap.scan(range, &self.categories.all(), |_| own = true)?;
+            if !own {
+                return Ok(());
+            }
+        }
+        if self.register(range)
+            && pagemap.scan(range, &self.categories.arm(), |r| dirty.add(r.start, r.end)).is_ok()
+        {
+            return Ok(());
+        }
+        pagemap.scan(range, &self.categories.all(), |r| dirty.add(r.start, r.end))
+    }
+
+    fn register(&mut self, range: PageRange) -> bool {
+        let Some(uffd) = &self.uffd else { return false };
+        match uffd.register(range, Mode::WriteProtect) {
+            Ok(()) => {
+                self.foreign.remove(range);
+                true
+            }
+            Err(error) => {
+                if error.raw_os_error() == Some(libc::EBUSY) {
+                    self.foreign.insert(range);
+                }
+                // Gone, or of a kind that cannot be watched (droppable).
+                false
+            }
+        }
+    }
+}
+
+impl Watch for WriteProtect {
+    fn round(&mut self, process: &Process, cost: &mut Cost) -> io::Result<PageSet> {
+        let begin = Instant::now();
+        let maps = maps::of(process.pid)?;
+        let Some(mut pagemap) = Pagemap::open(process.pid)? else { return Ok(PageSet::new()) };
+        let mut dirty = Collector::default();
+        let unwatched = if self.uffd.is_some() {
+            self.rescan(&maps, &mut pagemap, &mut dirty)
+        } else {
+            maps.iter().filter(|mapping| mapping.moves()).collect()
+        };
+        cost.scanning = begin.elapsed();
+        if self.uffd.is_none() && !unwatched.is_empty() {
+            self.attach(process, cost);
+        }
+        for mapping in unwatched {
+            self.adopt(mapping, &mut pagemap, &mut dirty)?;
+        }
+        cost.arming = begin.elapsed() - cost.scanning;
+        Ok(dirty.finish())
+    }
+
+    fn look(&self, process: &Process) -> io::Result<Pages> {
+        let maps = maps::of(process.pid)?;
+        let Some(mut pagemap) = Pagemap::open(process.pid)? else { return Ok(Pages::default()) };
+        let (mut dirty, mut present) = (Collector::default(), Collector::default());
+        for span in spans(&maps) {
+            pagemap.scan(span, &self.categories.look(), |region| {
+                present.add(region.start, region.end);
+                if self.uffd.is_none() || changed(region) {
+                    dirty.add(region.start, region.end);
+                }
+            })?;
+        }
+        let (mut dirty, present) = (dirty.finish(), present.finish());
+        for range in self.foreign.iter() {
+            present.within(range).for_each(|part| dirty.insert(part));
+        }
+        Ok(Pages { dirty, present })
+    }
+}

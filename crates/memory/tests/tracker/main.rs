@@ -1,0 +1,7 @@
+//! The tracker on real processes: this test program starts itself again as
+//! the program that is watched. Needs root, and Linux 6.7 or later.
+
+mod changes;
+mod store;
+mod sys;
+mod target;
