@@ -80,6 +80,24 @@ impl MemoryDir {
             .map_err(CriuError::file("creating", &path))
     }
 
+    /// Writes a file and puts it in the place of another of that name, or of
+    /// none. Whoever has the old one open still reads the old one.
+    pub fn replace(
+        &self,
+        name: &str,
+        write: impl FnOnce(&mut File) -> io::Result<()>,
+    ) -> Result<(), CriuError> {
+        let path = self.child(name)?;
+        let fresh = self.child(&format!("{name}.new"))?;
+        let all = || -> io::Result<()> {
+            let mut options = OpenOptions::new();
+            let mut file = options.write(true).create_new(true).mode(0o600).open(&fresh)?;
+            write(&mut file)?;
+            fs::rename(&fresh, &path)
+        };
+        all().map_err(CriuError::file("writing", &path))
+    }
+
     /// Names come from a peer: one component, no way out of the directory.
     fn child(&self, name: &str) -> Result<PathBuf, CriuError> {
         let plain = Path::new(name).file_name().is_some_and(|last| last == name);

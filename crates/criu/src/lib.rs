@@ -25,6 +25,7 @@ mod hide;
 pub mod images;
 pub mod log;
 mod packet;
+pub mod pages;
 mod remembered;
 pub mod stub;
 mod sys;

@@ -1,0 +1,45 @@
+//! Memory images of CRIU, completed from what was sent beside them.
+//!
+//! A dump with hidden memory ([`Hider`](crate::Hider)) leaves images in which
+//! the processes have mappings and no pages. Before the restore each page
+//! that was there at the freeze gets its place:
+//!
+//! * where CRIU restores lazily, with the fault server: nothing is written.
+//!   CRIU registers the whole mapping and asks for no list, so a pagemap
+//!   entry per run of pages would only be read and forgotten in the pause;
+//! * elsewhere (copied pages of private files, locked memory, huge pages,
+//!   the page a stack pointer is in) in the image: CRIU reads it from there.
+//!
+//! What CRIU saved nevertheless stays and is restored from the image.
+//!
+//! The images come from another machine. They are read once, with a limit,
+//! and become checked types here.
+
+mod complete;
+mod guards;
+mod image;
+mod layout;
+
+use std::path::PathBuf;
+
+use thiserror::Error;
+use transship_types::PageRange;
+
+use crate::CriuError;
+
+pub use complete::{Completed, complete};
+pub use guards::{add_guards, guards};
+pub use layout::{ProcessLayout, Vma, layout};
+
+#[derive(Debug, Error)]
+pub enum PagesError {
+    #[error(transparent)]
+    File(#[from] CriuError),
+    #[error("{} is no such image as CRIU writes: {why}", path.display())]
+    Image { path: PathBuf, why: &'static str },
+    #[error("fetching {range} of process {vpid}")]
+    Fetch { vpid: u32, range: PageRange, source: std::io::Error },
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,223 @@
+//! Putting pages into the images of one process.
+
+use std::{
+    fs::File,
+    io::{self, Seek, SeekFrom, Write},
+};
+
+use prost::Message;
+use transship_types::{PAGE, PageRange, PageSet};
+
+use super::{
+    PagesError,
+    image::{Image, PagemapEntry, PagemapHead, Type, Writer},
+    layout::ProcessLayout,
+};
+use crate::{CriuError, images::MemoryDir};
+
+/// Pages fetched and written at once: a large enough write, a small buffer.
+const FETCHED_PAGES: u64 = 256;
+
+/// Flags of a pagemap entry (criu/include/pagemap.h).
+mod entry {
+    pub const PARENT: u32 = 1 << 0;
+    pub const LAZY: u32 = 1 << 1;
+    pub const PRESENT: u32 = 1 << 2;
+}
+
+/// Where the pages of one process will come from.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Completed {
+    /// From the fault server; a fault elsewhere is a page of zeros.
+    pub lazy: PageSet,
+    /// From the image, into which they were written now.
+    pub eager_pages: u64,
+    /// From the image, into which CRIU had saved them.
+    pub criu_pages: u64,
+    /// In no mapping that CRIU restores with contents (`MAP_DROPPABLE`, for
+    /// example): lost, as their owner must expect.
+    pub unplaced_pages: u64,
+}
+
+/// Completes `pagemap-VPID.img` and its `pages-N.img` with the pages that were
+/// `present` at the freeze. `fetch` fills the bytes of a range of at most 256
+/// pages that CRIU is to restore eagerly.
+pub fn complete(
+    dir: &MemoryDir,
+    layout: &ProcessLayout,
+    present: &PageSet,
+    fetch: &mut dyn FnMut(PageRange, &mut [u8]) -> io::Result<()>,
+) -> Result<Completed, PagesError> {
+    let pagemap = Pagemap::read(dir, layout.vpid)?;
+    let saved: PageSet = pagemap.saved.iter().copied().collect();
+    let mut missing = present.clone();
+    missing.subtract(&saved);
+
+    let (mut lazy, mut eager) = (PageSet::new(), PageSet::new());
+    for vma in layout.vmas.iter().filter(|vma| vma.private) {
+        for range in missing.within(vma.range) {
+            if vma.lazy { lazy.insert(range) } else { eager.insert(range) }
+        }
+    }
+    let stacks = lazy.intersection(&layout.stacks);
+    lazy.subtract(&stacks);
+    eager.extend(&stacks);
+
+    let completed = Completed {
+        eager_pages: eager.pages(),
+        criu_pages: saved.pages(),
+        unplaced_pages: missing.pages() - eager.pages() - lazy.pages(),
+        lazy,
+    };
+    if !eager.is_empty() {
+        pagemap.merge(dir, layout.vpid, &eager, fetch)?;
+    } else if pagemap.marked_lazy {
+        write_pagemap(dir, layout.vpid, pagemap.pages_id, &pagemap.saved)?;
+    }
+    Ok(completed)
+}
+
+/// What CRIU saved.
+struct Pagemap {
+    pages_id: u32,
+    /// In order of address, which is the order of `pages-N.img` as well.
+    saved: Vec<PageRange>,
+    /// CRIU marks even pages that it has saved, and would then not read them.
+    marked_lazy: bool,
+}
+
+impl Pagemap {
+    fn read(dir: &MemoryDir, vpid: u32) -> Result<Self, PagesError> {
+        let name = name_of(vpid);
+        let Some(image) = Image::read(dir, name.clone(), Type::Pagemap)? else {
+            return Err(PagesError::Image { path: dir.path().join(name), why: "it is missing" });
+        };
+        let bad = |why| image.bad(dir, why);
+        let mut records = image.records();
+        let head = records.next().ok_or(bad("it has no head"))?.map_err(bad)?;
+        let head = PagemapHead::decode(head).map_err(|_| bad("its head cannot be read"))?;
+        let mut pagemap = Self { pages_id: head.pages_id, saved: Vec::new(), marked_lazy: false };
+        for record in records {
+            let entry = PagemapEntry::decode(record.map_err(bad)?)
+                .map_err(|_| bad("an entry cannot be read"))?;
+            let flags = entry.flags.unwrap_or(entry::PRESENT);
+            if flags & entry::PARENT != 0 || entry.in_parent == Some(true) {
+                return Err(bad("pages are in a parent image, which we never asked for"));
+            }
+            pagemap.marked_lazy |= flags & entry::LAZY != 0;
+            if flags & entry::PRESENT == 0 {
+                continue;
+            }
+            let pages = entry.nr_pages.unwrap_or(entry.compat_nr_pages.into());
+            let range = PageRange::of_pages(entry.vaddr, pages)
+                .map_err(|_| bad("an entry is no range of pages"))?;
+            if pagemap.saved.last().is_some_and(|last| last.end() > range.start()) {
+                return Err(bad("its entries are not in order"));
+            }
+            pagemap.saved.push(range);
+        }
+        Ok(pagemap)
+    }
+
+    /// Writes both images anew. CRIU reads pages one after the other, so the
+    /// new ones must stand among the old ones in order of address.
+    fn merge(
+        &self,
+        dir: &MemoryDir,
+        vpid: u32,
+        eager: &PageSet,
+        fetch: &mut dyn FnMut(PageRange, &mut [u8]) -> io::Result<()>,
+    ) -> Result<(), PagesError> {
+        let name = format!("pages-{}.img", self.pages_id);
+        let path = dir.path().join(&name);
+        let mut old = dir.open(&name)?;
+        let all = in_order(&self.saved, eager);
+        let mut failed = None;
+        let mut buffer = vec![0; (FETCHED_PAGES * PAGE) as usize];
+        let mut at = 0;
+        let written = dir.replace(&name, |new| {
+            for &(range, is_saved) in &all {
+                if is_saved {
+                    copy(&mut old, at, range.bytes(), new)?;
+                    at += range.bytes();
+                    continue;
+                }
+                let mut rest = Some(range);
+                while let Some(range) = rest {
+                    let (now, later) = range.split(FETCHED_PAGES);
+                    let bytes = &mut buffer[..now.bytes() as usize];
+                    if let Err(source) = fetch(now, bytes) {
+                        failed = Some(PagesError::Fetch { vpid, range: now, source });
+                        return Err(io::ErrorKind::Other.into());
+                    }
+                    new.write_all(bytes)?;
+                    rest = later;
+                }
+            }
+            Ok(())
+        });
+        if let Some(failed) = failed {
+            return Err(failed);
+        }
+        written.map_err(|error| match error {
+            CriuError::File { source, .. } if source.kind() == io::ErrorKind::UnexpectedEof => {
+                PagesError::Image { path, why: "it has fewer pages than its pagemap" }
+            }
+            other => other.into(),
+        })?;
+        let ranges: Vec<PageRange> = all.into_iter().map(|(range, _)| range).collect();
+        write_pagemap(dir, vpid, self.pages_id, &ranges)
+    }
+}
+
+/// Both in order of address, with whether CRIU has saved it. They do not
+/// overlap: what CRIU has saved is not missing.
+fn in_order(saved: &[PageRange], eager: &PageSet) -> Vec<(PageRange, bool)> {
+    let mut all: Vec<_> = saved.iter().map(|&range| (range, true)).collect();
+    all.extend(eager.iter().map(|range| (range, false)));
+    all.sort_unstable_by_key(|(range, _)| range.start());
+    all
+}
+
+fn copy(from: &mut File, at: u64, bytes: u64, to: &mut File) -> io::Result<()> {
+    from.seek(SeekFrom::Start(at))?;
+    let copied = io::copy(&mut io::Read::take(from, bytes), to)?;
+    if copied < bytes { Err(io::ErrorKind::UnexpectedEof.into()) } else { Ok(()) }
+}
+
+/// Number of pages in both fields: CRIU up to 4.1 reads the one, later ones
+/// the other.
+fn write_pagemap(
+    dir: &MemoryDir,
+    vpid: u32,
+    pages_id: u32,
+    ranges: &[PageRange],
+) -> Result<(), PagesError> {
+    let mut image = Writer::new(Type::Pagemap);
+    image.record(&PagemapHead { pages_id }.encode_to_vec());
+    for range in ranges.iter().flat_map(|&range| narrow(range)) {
+        let entry = PagemapEntry {
+            vaddr: range.start(),
+            compat_nr_pages: range.pages() as u32,
+            in_parent: None,
+            flags: Some(entry::PRESENT),
+            nr_pages: Some(range.pages()),
+        };
+        image.record(&entry.encode_to_vec());
+    }
+    image.replace(dir, &name_of(vpid))
+}
+
+/// In pieces whose number of pages fits into 32 bits.
+fn narrow(range: PageRange) -> impl Iterator<Item = PageRange> {
+    let mut rest = Some(range);
+    std::iter::from_fn(move || {
+        let (now, later) = rest?.split(u32::MAX.into());
+        rest = later;
+        Some(now)
+    })
+}
+
+fn name_of(vpid: u32) -> String {
+    format!("pagemap-{vpid}.img")
+}

@@ -1,0 +1,222 @@
+//! The framing of CRIU's images, and the parts of them we read.
+//!
+//! `u32 common magic, u32 type, (u32 length, protobuf message)*`, in the order
+//! of bytes of the machine that wrote them, which is little-endian on all that
+//! we run on.
+
+use std::io::{Read, Write};
+
+use prost::Message;
+
+use super::PagesError;
+use crate::{CriuError, images::MemoryDir};
+
+/// Images of CRIU since 1.6 (version 1.1 of its format).
+const COMMON_MAGIC: u32 = 0x5456_4319;
+
+/// More than the pagemap of an ordinary dump of 64 GiB without any two pages
+/// side by side; what we read of others is far smaller.
+const MAX_IMAGE: u64 = 256 << 20;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Type {
+    Pstree = 0x5027_3030,
+    Mm = 0x5749_2820,
+    Core = 0x5505_3847,
+    Pagemap = 0x5608_4025,
+}
+
+/// An image in memory.
+pub struct Image {
+    name: String,
+    bytes: Vec<u8>,
+}
+
+impl Image {
+    /// `None`: there is no such file.
+    pub fn read(dir: &MemoryDir, name: String, kind: Type) -> Result<Option<Self>, PagesError> {
+        let file = match dir.open(&name) {
+            Ok(file) => file,
+            Err(CriuError::File { source, .. })
+                if source.kind() == std::io::ErrorKind::NotFound =>
+            {
+                return Ok(None);
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let path = dir.path().join(&name);
+        let mut bytes = Vec::new();
+        file.take(MAX_IMAGE + 1)
+            .read_to_end(&mut bytes)
+            .map_err(CriuError::file("reading", &path))?;
+        let image = Self { name, bytes };
+        if image.bytes.len() as u64 > MAX_IMAGE {
+            return Err(image.bad(dir, "it is too large"));
+        }
+        let magic = [COMMON_MAGIC.to_le_bytes(), (kind as u32).to_le_bytes()].concat();
+        if !image.bytes.starts_with(&magic) {
+            return Err(image.bad(dir, "it is of another type or version"));
+        }
+        Ok(Some(image))
+    }
+
+    pub fn bad(&self, dir: &MemoryDir, why: &'static str) -> PagesError {
+        PagesError::Image { path: dir.path().join(&self.name), why }
+    }
+
+    /// The records' bytes, each inside the file.
+    pub fn records(&self) -> Records<'_> {
+        Records(&self.bytes[8..])
+    }
+
+    /// The only record.
+    pub fn only<M: Message + Default>(&self, dir: &MemoryDir) -> Result<M, PagesError> {
+        let record = self.records().next().and_then(Result::ok);
+        record
+            .and_then(|bytes| M::decode(bytes).ok())
+            .ok_or_else(|| self.bad(dir, "its record cannot be read"))
+    }
+}
+
+pub struct Records<'a>(&'a [u8]);
+
+impl<'a> Iterator for Records<'a> {
+    type Item = Result<&'a [u8], &'static str>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.0.is_empty() {
+            return None;
+        }
+        let split = self
+            .0
+            .split_first_chunk::<4>()
+            .and_then(|(length, rest)| rest.split_at_checked(u32::from_le_bytes(*length) as usize));
+        let Some((record, rest)) = split else {
+            self.0 = &[];
+            return Some(Err("a record is cut short"));
+        };
+        self.0 = rest;
+        Some(Ok(record))
+    }
+}
+
+/// An image to be written.
+pub struct Writer(Vec<u8>);
+
+impl Writer {
+    pub fn new(kind: Type) -> Self {
+        Self([COMMON_MAGIC.to_le_bytes(), (kind as u32).to_le_bytes()].concat())
+    }
+
+    pub fn record(&mut self, bytes: &[u8]) {
+        self.0.extend((bytes.len() as u32).to_le_bytes());
+        self.0.extend_from_slice(bytes);
+    }
+
+    pub fn replace(self, dir: &MemoryDir, name: &str) -> Result<(), PagesError> {
+        let written = dir.replace(name, |file| file.write_all(&self.0));
+        Ok(written?)
+    }
+}
+
+/// `pstree_entry`
+#[derive(Clone, PartialEq, Message)]
+pub struct PstreeEntry {
+    #[prost(uint32, tag = "1")]
+    pub pid: u32,
+    #[prost(uint32, repeated, packed = "false", tag = "5")]
+    pub threads: Vec<u32>,
+}
+
+/// `mm_entry`
+#[derive(Clone, PartialEq, Message)]
+pub struct MmEntry {
+    #[prost(message, repeated, tag = "14")]
+    pub vmas: Vec<VmaEntry>,
+}
+
+/// `vma_entry`
+#[derive(Clone, PartialEq, Message)]
+pub struct VmaEntry {
+    #[prost(uint64, required, tag = "1")]
+    pub start: u64,
+    #[prost(uint64, required, tag = "2")]
+    pub end: u64,
+    #[prost(uint64, required, tag = "3")]
+    pub pgoff: u64,
+    #[prost(uint64, required, tag = "4")]
+    pub shmid: u64,
+    #[prost(uint32, required, tag = "5")]
+    pub prot: u32,
+    #[prost(uint32, required, tag = "6")]
+    pub flags: u32,
+    #[prost(uint32, required, tag = "7")]
+    pub status: u32,
+    #[prost(sint64, required, tag = "8")]
+    pub fd: i64,
+}
+
+/// `core_entry`, as far as the stack pointer is.
+#[derive(Clone, PartialEq, Message)]
+pub struct CoreEntry {
+    #[prost(message, optional, tag = "2")]
+    pub x86: Option<ThreadInfoX86>,
+    #[prost(message, optional, tag = "8")]
+    pub aarch64: Option<ThreadInfoAarch64>,
+}
+
+impl CoreEntry {
+    pub fn stack_pointer(&self) -> Option<u64> {
+        let x86 = self.x86.as_ref().and_then(|info| info.registers.as_ref()).map(|r| r.sp);
+        let arm = self.aarch64.as_ref().and_then(|info| info.registers.as_ref()).map(|r| r.sp);
+        x86.or(arm)
+    }
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct ThreadInfoX86 {
+    #[prost(message, optional, tag = "2")]
+    pub registers: Option<RegistersX86>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct RegistersX86 {
+    #[prost(uint64, tag = "20")]
+    pub sp: u64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct ThreadInfoAarch64 {
+    #[prost(message, optional, tag = "3")]
+    pub registers: Option<RegistersAarch64>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct RegistersAarch64 {
+    #[prost(uint64, tag = "2")]
+    pub sp: u64,
+}
+
+/// `pagemap_head`
+#[derive(Clone, PartialEq, Message)]
+pub struct PagemapHead {
+    #[prost(uint32, required, tag = "1")]
+    pub pages_id: u32,
+}
+
+/// `pagemap_entry`
+#[derive(Clone, PartialEq, Message)]
+pub struct PagemapEntry {
+    #[prost(uint64, required, tag = "1")]
+    pub vaddr: u64,
+    /// Up to CRIU 4.1; later ones write 0.
+    #[prost(uint32, required, tag = "2")]
+    pub compat_nr_pages: u32,
+    #[prost(bool, optional, tag = "3")]
+    pub in_parent: Option<bool>,
+    #[prost(uint32, optional, tag = "4")]
+    pub flags: Option<u32>,
+    /// Since CRIU 4.2.
+    #[prost(uint64, optional, tag = "5")]
+    pub nr_pages: Option<u64>,
+}
