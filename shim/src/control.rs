@@ -22,7 +22,7 @@ use tracing::{Instrument, info_span};
 use transship_api::{
     control::{
         AbandonRequest, AbandonResponse, DepartEvent, DepartRequest, Departure, InspectRequest,
-        InspectResponse, PhaseTime, SettleRequest, SettleResponse,
+        InspectResponse, PhaseTime, SettleRequest, SettleResponse, WatchRequest, WatchResponse,
     },
     control_ttrpc::{Shim, create_shim},
 };
@@ -38,7 +38,7 @@ use transship_types::{Epoch, MigrationId, NodeName, Ticket, paths};
 use crate::{
     depart::Leaving,
     error::{Error, Result},
-    inspect,
+    inspect, plan,
     pod::Pod,
     tuning::{self, micros},
 };
@@ -51,13 +51,15 @@ const SIGN_OF_LIFE: Duration = Duration::from_millis(500);
 
 /// The service, to be registered with a server.
 pub fn services(pod: &Pod) -> HashMap<String, Service> {
-    create_shim(Arc::new(Control { pod: pod.clone(), departures: Mutex::default() }))
+    let (departures, watches) = Default::default();
+    create_shim(Arc::new(Control { pod: pod.clone(), departures, watches }))
 }
 
 struct Control {
     pod: Pod,
     /// By container; one at a time.
     departures: Mutex<HashMap<String, Under>>,
+    watches: plan::Watches,
 }
 
 /// A departure under way.
@@ -126,6 +128,7 @@ impl Shim for Control {
     ) -> ttrpc::Result<()> {
         let order = Order::check(request)?;
         let container = self.pod.find(&order.id)?;
+        self.watches.end(&order.id).await;
         let leaving = Leaving::new(container.occupy().await?)?;
         let cancel = CancellationToken::new();
         let (ended, ending) = watch::channel(None);
@@ -230,6 +233,20 @@ impl Shim for Control {
         let mut response = SettleResponse::new();
         response.ending = ending.as_str().into();
         Ok(response)
+    }
+
+    async fn watch(&self, _: &TtrpcContext, request: WatchRequest) -> ttrpc::Result<WatchResponse> {
+        let container = self.pod.find(&request.id)?;
+        let watched = {
+            let departures = self.departures();
+            if departures.contains_key(&request.id) {
+                let why = format!("{} is leaving this node", request.id);
+                return Err(Error::FailedPrecondition(why).into());
+            }
+            self.watches.begin(&request.id)?
+        };
+        let duration = Duration::from_micros(request.duration_us);
+        Ok(plan::watch(&container, duration, watched).await?)
     }
 }
 

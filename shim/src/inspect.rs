@@ -33,6 +33,7 @@ pub async fn inspect(container: &Container) -> Result<InspectResponse> {
     }
     if let Some(cgroup) = &cgroup {
         refusals.extend(by_strangers(&tree::strangers(cgroup, report.pid)?));
+        refusals.extend(by_obstacles(&cgroup.pids()?));
     }
 
     let mut response = InspectResponse::new();
@@ -137,6 +138,20 @@ fn by_strangers(strangers: &[Stranger]) -> Option<Refusal> {
         Code::Unsupported,
         format!("processes were started in it from outside: {}", names.join(", ")),
         "wait until these exec sessions have ended, or end them",
+    ))
+}
+
+/// What CRIU would find out in the middle of its dump.
+fn by_obstacles(pids: &[u32]) -> Option<Refusal> {
+    let pids = pids.iter().filter_map(|pid| i32::try_from(*pid).ok());
+    let found: Vec<String> = pids.flat_map(transship_memory::obstacles).collect();
+    if found.is_empty() {
+        return None;
+    }
+    Some(Refusal::new(
+        Code::Unsupported,
+        found.join("; "),
+        "see whether the program can do without it",
     ))
 }
 

@@ -21,6 +21,7 @@ mod mounts;
 mod netns;
 mod oci;
 mod options;
+mod plan;
 mod pod;
 mod process;
 mod reaper;
