@@ -4,7 +4,7 @@ use std::{future::Future, io, time::Duration};
 
 use rustls_pki_types::ServerName;
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncReadExt, AsyncWriteExt, BufReader},
     net::TcpStream,
     time,
 };
@@ -20,6 +20,10 @@ const CONNECT: Duration = Duration::from_secs(5);
 /// For TLS and hello together. Two round trips; the rest is for a machine
 /// that is short of CPU.
 const HANDSHAKE: Duration = Duration::from_secs(10);
+
+/// Read from a socket at once. TLS asks for 4 KiB at a time, which would be a
+/// system call for each page of a container's memory.
+const READ: usize = 128 << 10;
 
 /// How long a refused peer gets to read why.
 const LINGER: Duration = Duration::from_secs(1);
@@ -61,7 +65,7 @@ async fn connect(
     let peer = format!("{node} at {address}");
     handshake_with(&peer, async {
         let stream = TlsConnector::from(trust.client.clone())
-            .connect(name, stream)
+            .connect(name, BufReader::with_capacity(READ, stream))
             .await
             .map_err(|e| LinkError::from_tls(&peer, e))?;
         let named = proved(&peer, stream.get_ref().1.peer_certificates())?;
@@ -83,11 +87,12 @@ pub async fn accept(trust: &Trust, stream: TcpStream) -> Result<Channel, LinkErr
         Err(source) => return Err(socket("asking for the peer's address", source)),
     };
     handshake_with(&peer, async {
+        let stream = BufReader::with_capacity(READ, stream);
         let accepting = TlsAcceptor::from(trust.server.clone()).accept(stream).into_fallible();
         let stream = match accepting.await {
             Ok(stream) => stream,
             Err((error, stream)) => {
-                let_it_read(stream).await;
+                let_it_read(stream.into_inner()).await;
                 return Err(LinkError::from_tls(&peer, error));
             }
         };
