@@ -7,13 +7,16 @@
 use std::{fs::File, io};
 
 use prost::Message;
-use transship_types::{ADDRESS_LIMIT, PageRange, PageSet};
+use transship_types::{ADDRESS_LIMIT, PAGE, PageRange, PageSet};
 
 use super::{
     PagesError,
     image::{Image, MmEntry, Type, VmaEntry, Writer},
 };
 use crate::{CriuError, images::MemoryDir, sys};
+
+/// x86-64 keeps the very last page to itself and refuses a scan over it.
+const LAST: u64 = ADDRESS_LIMIT - PAGE;
 
 /// The guard regions of a process, by its id here; none where the kernel
 /// cannot tell (then CRIU would not have found them either). Walks all page
@@ -24,8 +27,8 @@ pub fn guards(pid: i32) -> Result<PageSet, CriuError> {
         let pagemap = File::open(&path)?;
         let mut found = PageSet::new();
         let mut at = 0;
-        while at < ADDRESS_LIMIT {
-            let Some((regions, walked)) = sys::scan_guards(&pagemap, at, ADDRESS_LIMIT)? else {
+        while at < LAST {
+            let Some((regions, walked)) = sys::scan_guards(&pagemap, at, LAST)? else {
                 break;
             };
             found.extend(&regions.into_iter().collect());
