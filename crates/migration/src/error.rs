@@ -44,6 +44,9 @@ pub enum MigrationError {
     Peer(Refusal),
     #[error("its memory failed")]
     Memory(#[from] MemoryError),
+    /// No pause within the budget is in sight.
+    #[error("given up: {reason} (what would help: {remedy})")]
+    GivenUp { reason: String, remedy: String },
     #[error("cancelled")]
     Cancelled,
     #[error("{what} took longer than {seconds} s")]
@@ -71,6 +74,7 @@ impl MigrationError {
             Self::Memory(MemoryError::Full { .. }) => Code::Space,
             Self::Memory(MemoryError::Invalid(_)) => Code::Malformed,
             Self::Memory(_) => Code::Runtime,
+            Self::GivenUp { .. } => Code::NotConverging,
             Self::Cancelled => Code::Cancelled,
             Self::Timeout { .. } => Code::Timeout,
         }

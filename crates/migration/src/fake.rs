@@ -1,6 +1,8 @@
 //! A container that is only a directory and a counter, for tests of the
 //! hand-over without CRIU. It fails where it is told to.
 
+mod memory;
+
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -11,13 +13,17 @@ use std::{
 };
 
 use async_trait::async_trait;
+use futures::future::{BoxFuture, FutureExt};
+use tokio::sync::mpsc;
+use transship_memory::Memory;
 use transship_rootfs::Layer;
 use transship_types::{Epoch, MigrationId, PageSet, Space, Ticket};
 
+pub use self::memory::{FakeMemory, FakeStore};
 use crate::{
-    Journal, Manifest, MigrationError, Source, Target,
+    Connect, Connecting, Journal, Manifest, MigrationError, PageStore, Source, Target,
     journal::{Role, Subject},
-    report::Restored,
+    report::{Fill, Restored},
 };
 
 /// The steps of both ends in which a fake can fail.
@@ -31,6 +37,17 @@ pub enum Step {
     Restore,
     Resume,
     Discard,
+    /// From here on: only where there is memory.
+    Connect,
+    Lane,
+    Scan,
+    Read,
+    Peek,
+    LastScan,
+    Hide,
+    Store,
+    /// The container runs by then.
+    Fill,
 }
 
 impl Step {
@@ -43,6 +60,17 @@ impl Step {
         Step::Restore,
         Step::Resume,
         Step::Discard,
+    ];
+
+    pub const OF_MEMORY: [Step; 8] = [
+        Step::Connect,
+        Step::Lane,
+        Step::Scan,
+        Step::Read,
+        Step::Peek,
+        Step::LastScan,
+        Step::Hide,
+        Step::Store,
     ];
 }
 
@@ -81,11 +109,15 @@ pub fn manifest() -> Manifest {
 }
 
 /// A running container at its source.
-#[derive(Debug)]
 pub struct FakeSource {
     pub running: Arc<AtomicBool>,
     pub ended: bool,
     pub fails: Option<Step>,
+    pub memory: Option<Arc<FakeMemory>>,
+    /// How its lanes get to the target.
+    pub connect: Option<Connect>,
+    /// Pages cannot be hidden from CRIU.
+    pub hides_nothing: bool,
     images: PathBuf,
 }
 
@@ -93,7 +125,15 @@ impl FakeSource {
     /// `images` stands for what CRIU writes.
     pub fn new(images: &Path, fails: Option<Step>) -> Self {
         let running = Arc::new(AtomicBool::new(true));
-        Self { running, ended: false, fails, images: images.into() }
+        Self {
+            running,
+            ended: false,
+            fails,
+            memory: None,
+            connect: None,
+            hides_nothing: false,
+            images: images.into(),
+        }
     }
 
     pub fn is_running(&self) -> bool {
@@ -120,10 +160,31 @@ impl Source for FakeSource {
         Ok(())
     }
 
+    fn memory(&mut self) -> Option<Arc<dyn Memory>> {
+        self.memory.clone().map(|memory| memory as Arc<dyn Memory>)
+    }
+
+    fn connect(&self) -> Option<Connect> {
+        self.connect.clone()
+    }
+
+    fn throttle(&mut self, percent: Option<u32>) -> Result<(), MigrationError> {
+        if let Some(memory) = &self.memory {
+            memory.throttle.store(percent.unwrap_or(0), Ordering::SeqCst);
+        }
+        Ok(())
+    }
+
     async fn freeze(&mut self) -> Result<(), MigrationError> {
         fail(self.fails, Step::Freeze)?;
         self.running.store(false, Ordering::SeqCst);
         Ok(())
+    }
+
+    async fn hide(&mut self) -> Result<Option<String>, MigrationError> {
+        assert!(!self.is_running(), "only the pages of a frozen container are hidden");
+        fail(self.fails, Step::Hide)?;
+        Ok(self.hides_nothing.then(|| "it was asked not to".into()))
     }
 
     async fn dump(&mut self) -> Result<(), MigrationError> {
@@ -151,10 +212,14 @@ impl Source for FakeSource {
 }
 
 /// A container that may run here.
-#[derive(Debug)]
 pub struct FakeTarget {
     pub running: bool,
     pub fails: Option<Step>,
+    pub store: Option<Arc<FakeStore>>,
+    /// Lanes of the source, as they come.
+    pub lanes: Option<mpsc::UnboundedReceiver<Connecting>>,
+    /// What `restore` was told to be there.
+    pub present: Vec<(Space, PageSet)>,
     images: PathBuf,
     journals: PathBuf,
 }
@@ -163,7 +228,15 @@ impl FakeTarget {
     pub fn new(directory: &Path, fails: Option<Step>) -> Self {
         let (images, journals) = (directory.join("images"), directory.join("journal"));
         fs::create_dir_all(&images).expect("a directory for images");
-        Self { running: false, fails, images, journals }
+        Self {
+            running: false,
+            fails,
+            store: None,
+            lanes: None,
+            present: Vec::new(),
+            images,
+            journals,
+        }
     }
 
     /// Whether nothing of an arrival is left.
@@ -189,21 +262,42 @@ impl Target for FakeTarget {
         fail(self.fails, Step::TargetPrepare)
     }
 
+    fn store(&self) -> Option<Arc<dyn PageStore>> {
+        self.store.clone().map(|store| store as Arc<dyn PageStore>)
+    }
+
+    async fn next_lane(&mut self) -> Result<Connecting, MigrationError> {
+        fail(self.fails, Step::Lane)?;
+        let lanes = self.lanes.as_mut().expect("a target that waits for lanes");
+        Ok(lanes.recv().await.expect("a source that may still connect"))
+    }
+
     async fn restore(
         &mut self,
-        _present: Vec<(Space, PageSet)>,
+        present: Vec<(Space, PageSet)>,
     ) -> Result<Restored, MigrationError> {
         fail(self.fails, Step::Restore)?;
+        self.present = present;
         let pages = fs::read(self.images.join("pages-1.img"))
             .map_err(|source| MigrationError::Image { name: "pages-1.img".into(), source })?;
         assert!(pages.len() == 3 << 20 && pages.iter().all(|byte| *byte == 42));
-        Ok(Restored::default())
+        Ok(Restored { lazy: !self.present.is_empty(), criu_pages: 3 })
     }
 
     async fn resume(&mut self) -> Result<u32, MigrationError> {
         fail(self.fails, Step::Resume)?;
         self.running = true;
         Ok(4242)
+    }
+
+    fn filled(&mut self) -> Option<BoxFuture<'static, Option<Fill>>> {
+        if self.present.is_empty() {
+            return None;
+        }
+        let pages = self.present.iter().map(|(_, pages)| pages.pages()).sum();
+        let fill = Fill { pages, faults: 5, ..Fill::default() };
+        let fill = fail(self.fails, Step::Fill).is_ok().then_some(fill);
+        Some(futures::future::ready(fill).boxed())
     }
 
     async fn discard(&mut self) -> Result<(), MigrationError> {

@@ -26,7 +26,7 @@ const QUEUE: usize = 8;
 const CHUNK: usize = 1 << 20;
 
 /// A joined thread that panicked is our own mistake; say where.
-fn joined<T>(result: Result<T, task::JoinError>) -> T {
+pub(crate) fn joined<T>(result: Result<T, task::JoinError>) -> T {
     result.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
 }
 

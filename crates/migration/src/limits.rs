@@ -36,3 +36,35 @@ pub const PASSES: u32 = 4;
 /// A pass that moved less than this is followed by the freeze: the rest
 /// travels in a few milliseconds.
 pub const SMALL_PASS: u64 = 4 << 20;
+
+/// Lanes follow `Waiting`; each is TCP and TLS on a link that works.
+pub const LANE: Duration = Duration::from_secs(20);
+
+/// A round that takes longer is told apart from a source that died.
+pub const ALIVE: Duration = Duration::from_secs(10);
+
+/// The last batch has been written before its round is said to be complete;
+/// what a slow link still holds of it has this long to come.
+pub const ROUND: Duration = Duration::from_secs(60);
+
+/// Of all present sets together. A range takes some 60 bytes here; memory of
+/// 32 GiB in which every second page exists has half as many.
+pub const PRESENT_RANGES: usize = 8 << 20;
+
+/// Ranges in one message: at most 20 bytes each on the wire, so that the
+/// message stays below the limit of a frame.
+pub const PRESENT_CHUNK: usize = 100_000;
+
+/// Processes and shared objects of one container.
+pub const SPACES: usize = 100_000;
+
+/// How long the source waits to hear that the target's pages are in place.
+/// What depends on it are figures in a report.
+pub const FILLED: Duration = Duration::from_secs(30);
+
+/// What the target says when it fails is worth so long a wait for a source
+/// whose lanes broke.
+pub const REASON: Duration = Duration::from_secs(2);
+
+/// After a first round of this length the layer has changed as well.
+pub const LONG_ROUND: Duration = Duration::from_secs(2);

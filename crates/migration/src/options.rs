@@ -1,8 +1,10 @@
 //! How memory is to travel: what whoever asks for a migration may choose.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 pub use transship_memory::codec::{Codec, Compress};
+
+use crate::pages::RateLimit;
 
 /// The pause that rounds aim at unless told otherwise: people do not notice
 /// it, and no protocol's time-out does.
@@ -66,8 +68,8 @@ pub struct Options {
     pub budget: Budget,
     /// 0: all pages travel in CRIU's images.
     pub lanes: u32,
-    /// Bytes per second for all lanes together; 0: no limit.
-    pub bandwidth: u64,
+    /// For all lanes together; whoever keeps it can change it meanwhile.
+    pub limit: Arc<RateLimit>,
     pub compress: Compress,
 }
 
@@ -76,7 +78,7 @@ impl Default for Options {
         Self {
             budget: Budget::default(),
             lanes: LANES,
-            bandwidth: 0,
+            limit: Arc::new(RateLimit::new(0)),
             compress: Compress::default(),
         }
     }

@@ -11,6 +11,8 @@ pub enum Phase {
     /// The writable layer travels while the container runs; the target's OCI
     /// runtime is started and held.
     Prepare,
+    /// Memory travels while the container runs, round after round.
+    Rounds,
     /// The container stops: CRIU seizes every task.
     Freeze,
     /// CRIU writes its images; what changed in the writable layer follows.
@@ -23,30 +25,36 @@ pub enum Phase {
     Commit,
     /// The source's tasks end.
     Depart,
+    /// It runs on the target, which puts the rest of its memory in place.
+    Fill,
 }
 
 impl Phase {
-    pub const ORDER: [Phase; 8] = [
+    pub const ORDER: [Phase; 10] = [
         Phase::Offer,
         Phase::Prepare,
+        Phase::Rounds,
         Phase::Freeze,
         Phase::Dump,
         Phase::Transfer,
         Phase::Restore,
         Phase::Commit,
         Phase::Depart,
+        Phase::Fill,
     ];
 
     pub fn as_str(self) -> &'static str {
         match self {
             Phase::Offer => "offer",
             Phase::Prepare => "prepare",
+            Phase::Rounds => "rounds",
             Phase::Freeze => "freeze",
             Phase::Dump => "dump",
             Phase::Transfer => "transfer",
             Phase::Restore => "restore",
             Phase::Commit => "commit",
             Phase::Depart => "depart",
+            Phase::Fill => "fill",
         }
     }
 

@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use transship_memory::Backend;
 
+use crate::pages::RoundTotals;
+
 /// How the memory of one container travelled.
 #[derive(Debug, Clone)]
 pub struct Memory {
@@ -40,6 +42,43 @@ pub struct Memory {
     pub criu_pages: u64,
     /// Bytes of shared objects.
     pub shared_bytes: u64,
+}
+
+impl Memory {
+    pub(crate) fn new(backend: Backend, lanes: u32) -> Self {
+        Self {
+            backend,
+            page_less: false,
+            lazy: false,
+            fallback: None,
+            lanes,
+            transferred: 0,
+            total: 0,
+            duplicate: 0,
+            normal: 0,
+            compressed: 0,
+            dirty_pages_rate: 0,
+            cpu_throttle_percentage: 0,
+            expected_downtime: Duration::ZERO,
+            rounds: Vec::new(),
+            pause: Pause::default(),
+            fill: None,
+            criu_pages: 0,
+            shared_bytes: 0,
+        }
+    }
+
+    pub(crate) fn add(&mut self, round: Round, totals: &RoundTotals) {
+        self.transferred += totals.wire_bytes;
+        self.duplicate += totals.zero_pages;
+        self.normal += totals.pages;
+        self.compressed += totals.compressed_saved;
+        self.rounds.push(Round {
+            zero_pages: totals.zero_pages,
+            wire_bytes: totals.wire_bytes,
+            ..round
+        });
+    }
 }
 
 /// One round; the last one is that of the pause.

@@ -3,25 +3,33 @@
 //! [`Arrived::rest`] waits for them); when it returns an error, nothing of it is left here and the
 //! source has been told so, or has seen the link close before its commit.
 
-use std::{path::PathBuf, time::Duration};
+mod landing;
+
+use std::{
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use async_trait::async_trait;
 use futures::future::{BoxFuture, FutureExt};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
-use tracing::{error, info, warn};
-use transship_api::session::{
-    PassDone, Prepared, Refused, Running, Waiting, shim_message::Message,
-};
+use tracing::{debug, error, info, warn};
+use transship_api::session::{Filled, Prepared, Refused, Running, Waiting, shim_message::Message};
 use transship_link::Channel;
+use transship_memory::MemoryError;
 use transship_types::{Code, PageSet, Refusal, Space, Ticket};
 
+use self::landing::Landing;
 use crate::{
     Journal, Manifest, MigrationError,
     error::chain,
     journal::State,
-    lanes::{hear, receive_image, receive_pass, say, sync},
+    lanes::{hear, say, sync},
     limits,
+    options::MAX_LANES,
+    pages::PageSink,
     report::{Fill, Restored},
     source::Connecting,
 };
@@ -38,6 +46,10 @@ pub trait Target: Send {
     fn images(&self) -> PathBuf;
     /// Starts everything a restore needs and holds it.
     async fn prepare(&mut self, manifest: &Manifest) -> Result<(), MigrationError>;
+    /// Where pages wait for their processes.
+    fn store(&self) -> Option<Arc<dyn PageStore>> {
+        None
+    }
     /// The next connection for pages that comes under the ticket.
     async fn next_lane(&mut self) -> Result<Connecting, MigrationError> {
         Err(MigrationError::malformed("a connection for pages that nobody waits for"))
@@ -61,6 +73,15 @@ pub trait Target: Send {
     async fn discard(&mut self) -> Result<(), MigrationError>;
     /// The journal of this arrival, once it is known what arrives.
     fn journal(&self, manifest: &Manifest) -> Result<Journal, MigrationError>;
+}
+
+/// What an arrival does with the store itself.
+pub trait PageStore: PageSink {
+    /// These pages of the space there are, and no others: the others are
+    /// forgotten. An error if one of these is not here.
+    fn present(&self, space: Space, pages: &PageSet) -> Result<(), MemoryError>;
+    /// Of which some page is here.
+    fn spaces(&self) -> Vec<Space>;
 }
 
 /// A container that runs here.
@@ -87,16 +108,15 @@ pub async fn arrive<T: Target>(
     };
     let failed = match (ready, journal.as_mut()) {
         (Ok(()), Some(journal)) => match run_here(target, journal).await {
-            Ok(pid) => {
+            Ok(running) => {
+                let pid = running.pid;
                 // If this does not arrive, the source is in doubt, asks, and
                 // the journal answers.
-                if let Err(error) =
-                    say(&mut channel.writer, Message::Running(Running { pid })).await
-                {
+                if let Err(error) = say(&mut channel.writer, Message::Running(running)).await {
                     warn!(error = chain(&error), "the source could not be told");
                 }
                 info!(pid, "arrived");
-                let rest = futures::future::ready(()).boxed();
+                let rest = rest(channel, target.filled()).boxed();
                 return Ok(Arrived { pid, rest });
             }
             Err(error) => error,
@@ -124,69 +144,34 @@ async fn until_commit<T: Target>(
         return Err(MigrationError::malformed("a ticket for another container"));
     }
     let journal = slot.insert(target.journal(&manifest)?);
-    say(&mut channel.writer, Message::Waiting(Waiting {})).await?;
+    let store = target.store().filter(|_| manifest.lanes > 0);
+    let lanes = if store.is_some() { manifest.lanes.min(MAX_LANES) } else { 0 };
+    say(&mut channel.writer, Message::Waiting(Waiting { lanes })).await?;
 
-    receive(channel, target, &manifest).await?;
+    let mut landing = Landing::new(channel, store);
+    landing.lanes(target, lanes).await?;
+    let present = landing.receive(target, &manifest).await?;
     // What the container had made durable must be so here before the source
     // gives it up; the disk works while CRIU does.
     let root = target.root();
-    let (restored, synced) =
-        tokio::join!(timeout(limits::RESTORE, target.restore(Vec::new())), sync(root));
-    restored.map_err(|_| MigrationError::Timeout {
+    let begun = Instant::now();
+    let restoring = timeout(limits::RESTORE, target.restore(present));
+    let (restored, synced) = tokio::join!(restoring, sync(root));
+    let restored = restored.map_err(|_| MigrationError::Timeout {
         what: "CRIU's restore",
         seconds: limits::RESTORE.as_secs(),
     })??;
+    let took = begun.elapsed();
     synced?;
 
     journal.record(State::Prepared)?;
     channel.reader.set_deadline(limits::COMMIT);
-    say(&mut channel.writer, Message::Prepared(Prepared {})).await?;
+    let prepared =
+        Prepared { restore_us: micros(took), criu_pages: restored.criu_pages, lazy: restored.lazy };
+    say(&mut channel.writer, Message::Prepared(prepared)).await?;
     match hear_source(channel).await? {
         Message::Commit(commit) if commit.epoch == manifest.epoch => Ok(()),
         _ => Err(MigrationError::malformed("no commit after prepared")),
-    }
-}
-
-/// Passes over the writable layer, then the images, until both are complete.
-async fn receive<T: Target>(
-    channel: &mut Channel,
-    target: &mut T,
-    manifest: &Manifest,
-) -> Result<(), MigrationError> {
-    let mut prepared = false;
-    let mut images = 0;
-    loop {
-        // Between two passes the source may be busy with its own preparation.
-        channel.reader.set_deadline(limits::PASS);
-        let message = hear_source(channel).await?;
-        channel.reader.set_deadline(limits::FRAME);
-        match message {
-            Message::Pass(pass) if images == 0 => {
-                let totals = receive_pass(&mut channel.reader, &target.root()).await?;
-                if !pass.last {
-                    // Takes the load off the sync within the pause.
-                    sync(target.root()).await?;
-                }
-                info!(pass = pass.number, last = pass.last, bytes = totals.bytes, "pass applied");
-                let done = PassDone { number: pass.number };
-                say(&mut channel.writer, Message::PassDone(done)).await?;
-            }
-            Message::Image(_) if images >= limits::IMAGES => {
-                return Err(MigrationError::malformed("more images than CRIU ever writes"));
-            }
-            Message::Image(image) => {
-                receive_image(&mut channel.reader, &target.images(), image).await?;
-                images += 1;
-            }
-            Message::ImagesEnd(end) if end.count == images => return Ok(()),
-            _ => return Err(MigrationError::malformed("neither pass nor image")),
-        }
-        // After the first message the root is as complete as it gets before
-        // the freeze: the runtime can start, and waits at the gate.
-        if !prepared {
-            target.prepare(manifest).await?;
-            prepared = true;
-        }
     }
 }
 
@@ -201,9 +186,40 @@ async fn hear_source(channel: &mut Channel) -> Result<Message, MigrationError> {
 }
 
 /// The source has given it up: first the record, then the first instruction.
-async fn run_here<T: Target>(target: &mut T, journal: &mut Journal) -> Result<u32, MigrationError> {
+async fn run_here<T: Target>(
+    target: &mut T,
+    journal: &mut Journal,
+) -> Result<Running, MigrationError> {
+    let begun = Instant::now();
     journal.record(State::Running)?;
-    target.resume().await
+    let pid = target.resume().await?;
+    Ok(Running { pid, resume_us: micros(begun.elapsed()) })
+}
+
+/// The container runs; what is told now are figures.
+async fn rest(mut channel: Channel, filling: Option<BoxFuture<'static, Option<Fill>>>) {
+    let Some(filling) = filling else { return };
+    let Some(fill) = filling.await else { return };
+    info!(
+        pages = fill.pages,
+        faults = fill.faults,
+        duration_ms = fill.duration.as_millis() as u64,
+        "every page is in its place"
+    );
+    let filled = Filled {
+        faults: fill.faults,
+        fault_latency: fill.fault_latency,
+        pages: fill.pages,
+        duration_us: micros(fill.duration),
+    };
+    if let Err(error) = say(&mut channel.writer, Message::Filled(filled)).await {
+        // It does not wait for ever.
+        debug!(error = chain(&error), "the source does not listen any more");
+    }
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// Nothing stays here; only then the source may be told so.

@@ -1,0 +1,213 @@
+//! Everything that comes in before the restore: passes over the writable
+//! layer and rounds of memory while the container runs there, and then, while
+//! it stands still, what is left of both, and CRIU's images.
+
+use std::{collections::HashSet, sync::Arc};
+
+use tokio::{task, time::timeout};
+use tokio_util::task::AbortOnDropHandle;
+use tracing::info;
+use transship_api::session::{Pass, PassDone, RoundDone, RoundEnd, shim_message::Message};
+use transship_link::Channel;
+use transship_types::{PageSet, Space};
+
+use super::{PageStore, Target, hear_source};
+use crate::{
+    Manifest, MigrationError,
+    lanes::{joined, receive_image, receive_pass, say, sync},
+    limits,
+    pages::PageReceiver,
+    present::Presence,
+};
+
+pub(super) struct Landing<'a> {
+    channel: &'a mut Channel,
+    pages: Pages,
+    /// Came while lanes were still awaited.
+    early: Option<Message>,
+}
+
+/// Pages that come by lane.
+enum Pages {
+    /// None: memory is in CRIU's images.
+    No,
+    Coming {
+        store: Arc<dyn PageStore>,
+        receiver: PageReceiver,
+        presence: Presence,
+    },
+    /// The last round has been sent; beside the images, it comes to its end.
+    Settling(AbortOnDropHandle<Result<Vec<(Space, PageSet)>, MigrationError>>),
+}
+
+impl<'a> Landing<'a> {
+    pub fn new(channel: &'a mut Channel, store: Option<Arc<dyn PageStore>>) -> Self {
+        let pages = store.map_or(Pages::No, |store| Pages::Coming {
+            receiver: PageReceiver::new(store.clone()),
+            store,
+            presence: Presence::default(),
+        });
+        Self { channel, pages, early: None }
+    }
+
+    /// Takes in the lanes, which the source makes before it says anything.
+    pub async fn lanes<T: Target>(
+        &mut self,
+        target: &mut T,
+        count: u32,
+    ) -> Result<(), MigrationError> {
+        let Pages::Coming { receiver, .. } = &self.pages else { return Ok(()) };
+        for _ in 0..count {
+            let mut lane = std::pin::pin!(timeout(limits::LANE, target.next_lane()));
+            let lane = loop {
+                tokio::select! {
+                    biased;
+                    lane = &mut lane => break lane,
+                    // Most likely that it gives up.
+                    message = hear_source(self.channel), if self.early.is_none() => {
+                        self.early = Some(message?);
+                    }
+                }
+            };
+            let lane = lane.map_err(|_| MigrationError::Timeout {
+                what: "a lane of the source",
+                seconds: limits::LANE.as_secs(),
+            })??;
+            receiver.add(lane)?;
+        }
+        Ok(())
+    }
+
+    /// Returns the pages that exist once everything is here.
+    pub async fn receive<T: Target>(
+        mut self,
+        target: &mut T,
+        manifest: &Manifest,
+    ) -> Result<Vec<(Space, PageSet)>, MigrationError> {
+        let mut prepared = false;
+        let mut images = 0;
+        loop {
+            match self.next().await? {
+                Message::Pass(pass) if images == 0 => self.pass(pass, target).await?,
+                Message::Alive(_) => {}
+                Message::RoundEnd(end) => self.round(end).await?,
+                Message::Present(present) => match &mut self.pages {
+                    Pages::Coming { presence, .. } => presence.add(present)?,
+                    _ => return Err(MigrationError::malformed("pages without a lane")),
+                },
+                Message::Image(_) if images >= limits::IMAGES => {
+                    return Err(MigrationError::malformed("more images than CRIU ever writes"));
+                }
+                Message::Image(image) => {
+                    receive_image(&mut self.channel.reader, &target.images(), image).await?;
+                    images += 1;
+                }
+                Message::ImagesEnd(end) if end.count == images => return self.end().await,
+                _ => return Err(MigrationError::malformed("neither pass nor page nor image")),
+            }
+            // After the first message the root is as complete as it gets
+            // before the freeze: the runtime can start, and waits at the gate.
+            if !prepared {
+                target.prepare(manifest).await?;
+                prepared = true;
+            }
+        }
+    }
+
+    /// The next word of the source; that a lane fails is one as well.
+    async fn next(&mut self) -> Result<Message, MigrationError> {
+        if let Some(message) = self.early.take() {
+            return Ok(message);
+        }
+        // Between two of them the source may be busy with its own preparation.
+        self.channel.reader.set_deadline(limits::PASS);
+        let message = match &self.pages {
+            Pages::Coming { receiver, .. } => tokio::select! {
+                biased;
+                message = hear_source(self.channel) => message,
+                failure = receiver.failure() => Err(self.cause(failure).await),
+            },
+            _ => hear_source(self.channel).await,
+        };
+        self.channel.reader.set_deadline(limits::FRAME);
+        message
+    }
+
+    /// A source that gives up cuts its lanes, and says why here.
+    async fn cause(&mut self, failure: MigrationError) -> MigrationError {
+        if !matches!(failure, MigrationError::Wire(_)) {
+            return failure;
+        }
+        match timeout(limits::REASON, hear_source(self.channel)).await {
+            Ok(Err(reason)) => reason,
+            _ => failure,
+        }
+    }
+
+    async fn pass<T: Target>(&mut self, pass: Pass, target: &T) -> Result<(), MigrationError> {
+        let totals = receive_pass(&mut self.channel.reader, &target.root()).await?;
+        if !pass.last {
+            // Takes the load off the sync within the pause.
+            sync(target.root()).await?;
+        }
+        info!(pass = pass.number, last = pass.last, bytes = totals.bytes, "pass applied");
+        let done = PassDone { number: pass.number };
+        say(&mut self.channel.writer, Message::PassDone(done)).await
+    }
+
+    async fn round(&mut self, end: RoundEnd) -> Result<(), MigrationError> {
+        let RoundEnd { number, batches, last } = end;
+        if last {
+            return self.last_round(number, batches);
+        }
+        let Pages::Coming { receiver, .. } = &self.pages else {
+            return Err(MigrationError::malformed("a round without a lane"));
+        };
+        receiver.complete(number, batches).await?;
+        info!(round = number, batches, "round complete");
+        say(&mut self.channel.writer, Message::RoundDone(RoundDone { number })).await
+    }
+
+    /// What the pause still brings of the memory, while images come.
+    fn last_round(&mut self, number: u32, batches: u64) -> Result<(), MigrationError> {
+        let Pages::Coming { store, receiver, presence } =
+            std::mem::replace(&mut self.pages, Pages::No)
+        else {
+            return Err(MigrationError::malformed("a round without a lane"));
+        };
+        let sets = presence
+            .complete()
+            .ok_or_else(|| MigrationError::malformed("a last round without all present pages"))?;
+        let settling = tokio::spawn(async move {
+            receiver.complete(number, batches).await?;
+            joined(task::spawn_blocking(move || settle(&*store, sets)).await)
+        });
+        self.pages = Pages::Settling(AbortOnDropHandle::new(settling));
+        Ok(())
+    }
+
+    async fn end(self) -> Result<Vec<(Space, PageSet)>, MigrationError> {
+        match self.pages {
+            Pages::No => Ok(Vec::new()),
+            Pages::Settling(settling) => joined(settling.await),
+            Pages::Coming { .. } => Err(MigrationError::malformed("images before the last round")),
+        }
+    }
+}
+
+/// Leaves in the store what existed at the freeze, and nothing else.
+fn settle(
+    store: &dyn PageStore,
+    sets: Vec<(Space, PageSet)>,
+) -> Result<Vec<(Space, PageSet)>, MigrationError> {
+    let existing: HashSet<Space> = sets.iter().map(|(space, _)| *space).collect();
+    for space in store.spaces() {
+        if !existing.contains(&space) {
+            store.present(space, &PageSet::new())?;
+        }
+    }
+    for (space, pages) in &sets {
+        store.present(*space, pages)?;
+    }
+    Ok(sets)
+}
