@@ -47,6 +47,8 @@ pub enum Code {
     Cancelled,
     /// The other side took too long.
     Timeout,
+    /// Its memory changes faster than it can be sent.
+    NotConverging,
     /// The link broke.
     Link,
     /// CRIU or the OCI runtime failed.
@@ -81,6 +83,7 @@ impl Code {
             Code::Busy => "busy",
             Code::Cancelled => "cancelled",
             Code::Timeout => "timeout",
+            Code::NotConverging => "not-converging",
             Code::Link => "link",
             Code::Runtime => "runtime",
             Code::Daemon => "daemon",
