@@ -14,12 +14,14 @@ mod obstacles;
 mod read;
 mod spaces;
 mod stop;
+mod store;
 #[allow(unsafe_code)]
 mod sys;
 mod tracker;
 
 pub use error::MemoryError;
 pub use obstacles::obstacles;
+pub use store::Store;
 pub use tracker::{Pids, Statistics, Tracker, Want};
 
 use std::time::Duration;
