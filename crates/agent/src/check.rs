@@ -9,20 +9,17 @@ use transship_api::{
 };
 use transship_criu::features::OLDEST;
 use transship_link::connect_agent;
+use transship_memory::{Backend, Memory, Tracker, Want};
 use transship_types::Refusal;
 
 use crate::{
-    failure::{Failure, Step, from_session},
+    failure::{Failure, Step, chain, from_session},
     node::Node,
     preflight, talk,
 };
 
 /// The peer probes its CRIU.
 const ANSWER: Duration = Duration::from_secs(30);
-
-/// The first Linux whose sockets have an option that CRIU before 4.2 does not
-/// know; and, for the scan of written pages, the first with PAGEMAP_SCAN.
-const PAGEMAP_SCAN: (u32, u32) = (6, 7);
 
 pub async fn check(node: &Node, peer: &str) -> Vec<CheckResult> {
     let mut results = here(node).await;
@@ -36,7 +33,8 @@ async fn here(node: &Node) -> Vec<CheckResult> {
     let host = node.host().await;
     let mut results = vec![
         good("node", format!("{} ({})", node.name(), host.architecture)),
-        kernel(&host.kernel),
+        good("kernel", host.kernel),
+        memory(),
         good("cgroups", format!("version {}", host.cgroup_version)),
     ];
     results.push(if host.criu_version >= OLDEST.number() {
@@ -53,11 +51,21 @@ async fn here(node: &Node) -> Vec<CheckResult> {
     results
 }
 
-fn kernel(release: &str) -> CheckResult {
-    let mut parts = release.split(['.', '-']).map(|p| p.parse::<u32>().ok());
-    let version = (parts.next().flatten().unwrap_or(0), parts.next().flatten().unwrap_or(0));
-    let scan = if version >= PAGEMAP_SCAN { "" } else { " (without PAGEMAP_SCAN)" };
-    good("kernel", format!("{release}{scan}"))
+/// How writes to memory would be noticed here. Without a way containers can
+/// still move, with all of their memory inside the pause.
+fn memory() -> CheckResult {
+    let nobody = || Box::new(|| Ok(Vec::new()));
+    let tracker = match Tracker::new(nobody(), Want::Best) {
+        Ok(tracker) => tracker,
+        Err(error) => return bad("memory", chain(&error), "see docs/memory.md"),
+    };
+    let better = Tracker::new(nobody(), Want::Only(Backend::WriteProtect)).err();
+    let why = better.map(|error| format!(" ({error})")).unwrap_or_default();
+    let detail = match tracker.backend() {
+        Backend::None => format!("writes cannot be noticed: pauses grow with memory{why}"),
+        backend => format!("writes are noticed by {}{why}", backend.as_str()),
+    };
+    good("memory", detail)
 }
 
 /// One of the names is enough: they are the same program.
@@ -138,12 +146,10 @@ fn failed(name: &str, failure: &Failure) -> CheckResult {
 mod tests {
     use super::*;
 
+    /// Whatever this kernel has, it has a name.
     #[test]
-    fn old_kernels_are_told() {
-        for (release, old) in
-            [("6.1.0-32-amd64", true), ("6.7.0", false), ("6.18.2+deb13", false), ("7.0", false)]
-        {
-            assert_eq!(kernel(release).detail.contains("without"), old, "{release}");
-        }
+    fn the_way_to_notice_writes_is_told() {
+        let told = memory();
+        assert!(told.ok && told.detail.contains("noticed"), "{told:?}");
     }
 }

@@ -9,8 +9,8 @@ use transship_api::{
     control::{
         CancelRequest, CancelResponse, CheckRequest, CheckResponse, ContainerEntry, Failed,
         LimitRequest, LimitResponse, ListRequest, ListResponse, MigrateEvent, MigrateRequest,
-        MigrationEntry, Report, Started, StatusRequest, StatusResponse, VersionRequest,
-        VersionResponse, migrate_event::Event,
+        MigrationEntry, PlanRequest, PlanResponse, Report, Started, StatusRequest, StatusResponse,
+        VersionRequest, VersionResponse, migrate_event::Event,
     },
     control_ttrpc,
 };
@@ -23,7 +23,7 @@ use crate::{
     daemon::{Listed, TaskStatus},
     failure::{Failure, Step, chain, from_control, to_control},
     node::Node,
-    source,
+    plan, source,
 };
 
 /// Also the proof that the command line is still there: a write to a socket
@@ -137,6 +137,10 @@ impl control_ttrpc::Agent for Control {
         let record = self.record(&request.migration).map_err(|f| status(&f))?;
         self.adjust(&record, request.bandwidth).await.map_err(|f| status(&f))?;
         Ok(LimitResponse::default())
+    }
+
+    async fn plan(&self, _: &TtrpcContext, request: PlanRequest) -> ttrpc::Result<PlanResponse> {
+        plan::plan(&self.0, &request).await.map_err(|f| status(&f))
     }
 }
 

@@ -20,6 +20,7 @@ mod host;
 mod listener;
 pub mod node;
 mod offer;
+pub mod plan;
 mod preflight;
 mod room;
 pub mod serve;

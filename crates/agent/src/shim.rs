@@ -10,7 +10,7 @@ use thiserror::Error;
 use transship_api::{
     control::{
         AbandonRequest, AdjustRequest, DepartEvent, DepartRequest, InspectRequest, InspectResponse,
-        SettleRequest,
+        SettleRequest, WatchRequest, WatchResponse,
     },
     control_ttrpc::ShimClient,
 };
@@ -55,6 +55,13 @@ pub trait Shims: Send + Sync + 'static {
         migration: &MigrationId,
         bandwidth: u64,
     ) -> Result<(), ShimError>;
+
+    /// Notices writes to the container's memory for so long.
+    async fn watch(
+        &self,
+        key: &ContainerKey,
+        duration: Duration,
+    ) -> Result<WatchResponse, ShimError>;
 }
 
 /// A departure under way.
@@ -174,6 +181,17 @@ impl Shims for TtrpcShims {
         };
         let (client, failed) = connect(key, "change the bandwidth").await?;
         client.adjust(within(QUICK), &request).await.map(drop).map_err(failed)
+    }
+
+    async fn watch(
+        &self,
+        key: &ContainerKey,
+        duration: Duration,
+    ) -> Result<WatchResponse, ShimError> {
+        let duration_us = duration.as_micros().try_into().unwrap_or(u64::MAX);
+        let request = WatchRequest { id: key.id().into(), duration_us, ..Default::default() };
+        let (client, failed) = connect(key, "watch its memory").await?;
+        client.watch(within(duration + SLOW), &request).await.map_err(failed)
     }
 }
 

@@ -36,9 +36,8 @@ use crate::{
     talk, tuning,
 };
 use depart::Outcome;
-use inspect::Subject;
 
-pub use inspect::refusals_of;
+pub use inspect::{Subject, look, refusals_of};
 pub use settle::resume;
 
 /// The target probes its CRIU and asks its daemon.
@@ -55,9 +54,7 @@ const STOPPED: Duration = Duration::from_secs(30);
 /// Starts a migration in the background and returns its handle; only what can
 /// be said at once is an error here.
 pub async fn begin(node: &Arc<Node>, request: &MigrateRequest) -> Step<Arc<Live>> {
-    let key = ContainerKey::new(&request.namespace, &request.container).map_err(|e| {
-        Failure::new(Code::UnknownContainer, e.to_string(), "see `transship ps` for names")
-    })?;
+    let key = key(&request.namespace, &request.container)?;
     let to = node.find(&request.node)?;
     let tuning = tuning::choose(request.tuning.get_or_default(), &node.config.memory)?;
     if node.shutdown.is_cancelled() {
@@ -74,6 +71,13 @@ pub async fn begin(node: &Arc<Node>, request: &MigrateRequest) -> Step<Arc<Live>
     let source = Source { node: node_too, entry, key, to, keep, tuning, phases: vec![] };
     node.tasks.spawn(source.run().instrument(span));
     Ok(live)
+}
+
+/// A container as somebody has named it.
+pub fn key(namespace: &str, container: &str) -> Step<ContainerKey> {
+    ContainerKey::new(namespace, container).map_err(|e| {
+        Failure::new(Code::UnknownContainer, e.to_string(), "see `transship ps` for names")
+    })
 }
 
 struct Source {
@@ -152,7 +156,7 @@ impl Source {
         subject: &Subject,
     ) -> Result<(Ticket, u64), (Failure, bool)> {
         let clock = self.phase("offer");
-        let offer = self.offer(subject).await;
+        let offer = offer(&self.node, self.entry.migration(), &self.key, subject).await;
         // From here on the target may hold something for us.
         talk::send(channel, Message::Offer(offer)).await.map_err(|f| (f, false))?;
         let verdict = match self.next(channel, VERDICT).await.map_err(|f| (f, true))? {
@@ -183,21 +187,6 @@ impl Source {
         }
         self.took("prepare", clock);
         Ok((ticket, content_bytes))
-    }
-
-    async fn offer(&self, subject: &Subject) -> Offer {
-        Offer {
-            migration: self.entry.migration().to_string(),
-            namespace: self.key.namespace().into(),
-            container: self.key.id().into(),
-            record: Some(subject.record.clone()),
-            content: subject.content.clone(),
-            host: Some(self.node.host().await),
-            memory_bytes: subject.memory_bytes,
-            rootfs_bytes: subject.rootfs_bytes,
-            stdio: Some(subject.stdio.clone()),
-            runtime: subject.runtime.clone(),
-        }
     }
 
     /// The target's next message, with its progress shown and taken for a
@@ -392,6 +381,27 @@ impl Source {
     fn took(&mut self, phase: &str, since: Instant) {
         let duration_us = micros(since.elapsed());
         self.phases.push(PhaseTime { phase: phase.into(), duration_us, ..Default::default() });
+    }
+}
+
+/// What is to be moved, as the target hears of it.
+pub async fn offer(
+    node: &Node,
+    migration: &MigrationId,
+    key: &ContainerKey,
+    subject: &Subject,
+) -> Offer {
+    Offer {
+        migration: migration.to_string(),
+        namespace: key.namespace().into(),
+        container: key.id().into(),
+        record: Some(subject.record.clone()),
+        content: subject.content.clone(),
+        host: Some(node.host().await),
+        memory_bytes: subject.memory_bytes,
+        rootfs_bytes: subject.rootfs_bytes,
+        stdio: Some(subject.stdio.clone()),
+        runtime: subject.runtime.clone(),
     }
 }
 

@@ -16,6 +16,7 @@
 //! never let go.
 
 mod content;
+mod questions;
 mod unfinished;
 
 use std::{sync::Arc, time::Duration};
@@ -23,11 +24,10 @@ use std::{sync::Arc, time::Duration};
 use tokio::{task::JoinHandle, time};
 use tracing::Instrument;
 use transship_api::session::{
-    Arrived, Discarded, Offer, Prepare, ProbeResult, Progress, Ready, Standing, Verdict,
-    agent_message::Message,
+    Arrived, Discarded, Offer, Prepare, Progress, Ready, Verdict, agent_message::Message,
 };
 use transship_link::{Channel, arrivals::Registration};
-use transship_types::{Code, NodeName, Refusal, Ticket};
+use transship_types::{Code, NodeName, Ticket};
 use transship_wire::WireError;
 
 use crate::{
@@ -71,45 +71,29 @@ pub async fn serve(node: Arc<Node>, mut channel: Channel) {
                 return;
             }
         };
-        let answered = match message {
+        let answer = match message {
             Message::Offer(offer) => return arrival(node, channel, offer).await,
-            Message::Probe(_) => {
-                let host = Some(node.host().await);
-                let refusals = admission(&node, &channel.peer).iter().map(to_session).collect();
-                let result = ProbeResult { host, refusals };
-                talk::send(&mut channel, Message::ProbeResult(result)).await
-            }
+            Message::Probe(_) => Ok(questions::probe(&node, &channel.peer).await),
+            Message::Consider(what) => Ok(questions::consider(&node, &channel.peer, what).await),
+            Message::LinkProbe(_) => questions::link_probe(&node, &mut channel).await,
             Message::Inquiry(inquiry) => {
-                let state = standing(&node, &channel.peer, &inquiry.migration).into();
-                talk::send(&mut channel, Message::Standing(Standing { state })).await
+                Ok(questions::standing(&node, &channel.peer, &inquiry.migration))
             }
             other => Err(talk::out_of_place(&channel.peer, &other)),
+        };
+        let answered = match answer {
+            Ok(answer) => talk::send(&mut channel, answer).await,
+            Err(failure) => {
+                // The peer may be in the middle of something that has no place
+                // for it; the session ends with this.
+                let _ = talk::send(&mut channel, Message::Failure(failure.to_message())).await;
+                Err(failure)
+            }
         };
         if let Err(failure) = answered {
             tracing::info!(peer = %channel.peer, error = failure.sentence(), "a session ended");
             return;
         }
-    }
-}
-
-fn admission(node: &Node, peer: &NodeName) -> Option<Refusal> {
-    (!node.admits(peer)).then(|| {
-        Refusal::new(
-            Code::NotTrusted,
-            format!("{} takes no containers from {peer}", node.name()),
-            format!("add it to `allow` in {}'s configuration", node.name()),
-        )
-    })
-}
-
-/// Only the node that a migration came from learns of it.
-fn standing(node: &Node, peer: &NodeName, migration: &str) -> &'static str {
-    let record = migration.parse().ok().and_then(|m| node.book.record(&m));
-    match record.filter(|r| r.role == Role::Target && r.peer == *peer).map(|r| r.ending) {
-        Some(Ending::Arrived) => "arrived",
-        Some(Ending::Discarded) => "discarded",
-        Some(_) => "undecided",
-        None => "unknown",
     }
 }
 
@@ -137,7 +121,7 @@ async fn admit(
     offer: Offer,
 ) -> Step<(Checked, Entry, Vec<String>)> {
     let offer = offer::check(offer)?;
-    if let Some(refusal) = admission(node, peer) {
+    if let Some(refusal) = questions::admission(node, peer) {
         return Err(Failure(vec![refusal]));
     }
     let facts = preflight::gather(node, &offer).await?;

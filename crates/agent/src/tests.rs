@@ -6,5 +6,6 @@ mod cancels;
 mod cuts;
 mod fake;
 mod moves;
+mod plans;
 mod refuses;
 mod world;

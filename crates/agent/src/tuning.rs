@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Deserializer, de::Error};
 use transship_api::control::Tuning;
+use transship_migration::{Budget, PostCopy, Throttle};
 use transship_types::{Code, quantity, tuning};
 
 use crate::failure::{Failure, Step};
@@ -66,6 +67,27 @@ fn check(tuning: &Tuning) -> Step<()> {
             .map_err(|wanted| wrong("lanes", &tuning.lanes.to_string(), &wanted))?;
     }
     Ok(())
+}
+
+/// The budget as the shim will have it.
+pub fn budget(tuning: &Tuning) -> Budget {
+    let by_default = Budget::default();
+    Budget {
+        max_pause: match tuning.max_pause_us {
+            0 => by_default.max_pause,
+            pause => Duration::from_micros(pause),
+        },
+        throttle: match tuning.throttle.as_str() {
+            "never" => Throttle::Never,
+            _ => by_default.throttle,
+        },
+        post_copy: match tuning.post_copy.as_str() {
+            "auto" => PostCopy::Auto,
+            "always" => PostCopy::Always,
+            _ => by_default.post_copy,
+        },
+        ..by_default
+    }
 }
 
 /// Whether the container would run before all of its memory is there.

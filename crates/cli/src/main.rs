@@ -8,6 +8,7 @@ mod client;
 mod error;
 mod limit;
 mod migrate;
+mod plan;
 mod print;
 mod progress;
 mod ps;
@@ -25,6 +26,7 @@ const EXAMPLES: &str = "\
 Examples:
   transship check --to node-b            can containers go there?
   transship ps                           what can be moved?
+  transship plan redis --to node-b       what would it be like?
   transship migrate redis --to node-b    move it
   transship status                       what was moved?
 
@@ -72,6 +74,7 @@ pub enum Output {
 #[derive(Subcommand)]
 enum Command {
     Migrate(migrate::Migrate),
+    Plan(plan::Plan),
     Ps(ps::Ps),
     Status(status::Status),
     Cancel(cancel::Cancel),
@@ -85,6 +88,7 @@ async fn main() -> ExitCode {
     let Cli { command, common } = Cli::parse();
     let done = match command {
         Command::Migrate(command) => command.run(&common).await,
+        Command::Plan(command) => command.run(&common).await,
         Command::Ps(command) => command.run(&common).await,
         Command::Status(command) => command.run(&common).await,
         Command::Cancel(command) => command.run(&common).await,

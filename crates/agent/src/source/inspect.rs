@@ -25,8 +25,26 @@ pub struct Subject {
     pub runtime: String,
 }
 
+impl Subject {
+    /// How much those blobs of the image are.
+    pub fn bytes_of(&self, digests: &[String]) -> u64 {
+        let wanted = self.content.iter().filter(|blob| digests.contains(&blob.digest));
+        wanted.map(|blob| blob.size.unsigned_abs()).fold(0, u64::saturating_add)
+    }
+}
+
 /// Everything about the container, or every reason against moving it.
 pub async fn inspect(node: &Node, key: &ContainerKey, tuning: &Tuning) -> Step<Subject> {
+    let (subject, refusals) = look(node, key, tuning).await?;
+    if refusals.is_empty() { Ok(subject) } else { Err(Failure(refusals)) }
+}
+
+/// The same with both, as far as there is something to look at.
+pub async fn look(
+    node: &Node,
+    key: &ContainerKey,
+    tuning: &Tuning,
+) -> Step<(Subject, Vec<Refusal>)> {
     let found = node.daemon.describe(key).await.map_err(|e| unknown(node, key, e))?;
     let state = refusals_of(node, key, &found.record.runtime, found.task.as_ref());
     let task = match (state.is_empty(), found.task) {
@@ -50,10 +68,7 @@ pub async fn inspect(node: &Node, key: &ContainerKey, tuning: &Tuning) -> Step<S
             Default::default()
         }
     };
-    if !refusals.is_empty() {
-        return Err(Failure(refusals));
-    }
-    Ok(Subject {
+    let subject = Subject {
         record: found.record,
         stdio: task.stdio,
         content,
@@ -61,7 +76,8 @@ pub async fn inspect(node: &Node, key: &ContainerKey, tuning: &Tuning) -> Step<S
         memory_bytes: looked.memory_bytes,
         rootfs_bytes: looked.rootfs_bytes,
         runtime: looked.runtime,
-    })
+    };
+    Ok((subject, refusals))
 }
 
 /// What the daemon's own record says against moving it.

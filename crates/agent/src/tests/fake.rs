@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use transship_api::{
     control::{
         DepartEvent, DepartRequest, Departure, InspectResponse, MemoryReport, PhaseTime, Progress,
-        depart_event::Event,
+        WatchResponse, depart_event::Event,
     },
     session::{Any, Container, Descriptor, Hello, Stdio},
 };
@@ -460,6 +460,18 @@ impl Shims for FakeShims {
     ) -> Result<(), ShimError> {
         self.0.adjusted.lock().unwrap().insert(key.clone(), bandwidth);
         Ok(())
+    }
+
+    async fn watch(&self, _: &ContainerKey, _: Duration) -> Result<WatchResponse, ShimError> {
+        Ok(WatchResponse {
+            backend: "write-protect".into(),
+            pages: 256,
+            written: vec![5, 5],
+            interval_us: 100_000,
+            written_pages: 6,
+            shared_bytes: 2 << 20,
+            ..Default::default()
+        })
     }
 }
 

@@ -1,0 +1,188 @@
+//! What will take long or is risky, and why, in sentences.
+
+use std::time::Duration;
+
+use transship_api::control::{PlanResponse, Remark, Tuning, WatchResponse};
+
+use super::predict::{self, Way};
+use crate::tuning;
+
+/// Less is lost among everything else in a pause.
+const WORTH_A_WORD: u64 = 1 << 20;
+/// CRIU walks the table of connections twice, about so fast.
+const PER_BUCKET: Duration = Duration::from_nanos(65);
+const WALKS: u32 = 2;
+const MANY_BUCKETS: u64 = 1 << 16;
+/// Each is packed and unpacked by itself.
+const MANY_TMPFS: u32 = 8;
+const MANY_PROCESSES: u32 = 100;
+
+pub fn remarks(plan: &PlanResponse, tuning: &Tuning) -> Vec<Remark> {
+    let mut remarks = Vec::new();
+    let mut say = |about: &str, text: String| {
+        remarks.push(Remark { about: about.into(), text, ..Default::default() });
+    };
+    if let Some(memory) = plan.memory.as_ref() {
+        let way = plan.link.as_ref().map(|link| Way::new(link, tuning.bandwidth));
+        of_memory(memory, way.as_ref(), &mut say);
+    }
+    if let Some(p) = plan.prediction.as_ref() {
+        if !p.gives_up.is_empty() {
+            say("writes", format!("it would be given up, and run on here: {}", p.gives_up));
+        }
+        if p.cpu_throttle_percentage > 0 {
+            let percent = p.cpu_throttle_percentage;
+            say("throttle", format!("it would be slowed down by {percent} % before it moves"));
+        }
+        let wanted = micros(tuning::budget(tuning).max_pause);
+        if p.expected_downtime_us > wanted && p.gives_up.is_empty() {
+            let (found, wanted) = (millis(p.expected_downtime_us), millis(wanted));
+            say("pause", format!("{found} are expected, and {wanted} are asked for"));
+        }
+    }
+    if tuning::wants_post_copy(tuning) {
+        say(
+            "post-copy",
+            "between its start on the target and the last page it needs both nodes: without \
+             either, or the link, it stands still, and if the source is lost for good so is it"
+                .into(),
+        );
+    }
+    let files = plan.rootfs_bytes.saturating_add(plan.content_bytes);
+    if files >= WORTH_A_WORD {
+        say("files", format!("{} of files and image content go first, while it runs", mib(files)));
+    }
+    remarks
+}
+
+fn of_memory(m: &WatchResponse, way: Option<&Way>, say: &mut impl FnMut(&str, String)) {
+    let takes = |bytes| {
+        let takes = way.map(|way| millis(micros(predict::saved_by_criu(bytes, way))));
+        takes.map(|takes| format!(", about {takes}")).unwrap_or_default()
+    };
+    if m.backend == "none" {
+        let why = &m.fallback;
+        say("tracking", format!("all of it travels inside the pause: {why}"));
+    } else if !m.fallback.is_empty() {
+        say("tracking", format!("not the best way to notice writes is used: {}", m.fallback));
+    }
+    if m.shared_bytes >= WORTH_A_WORD {
+        let (size, takes) = (mib(m.shared_bytes), takes(m.shared_bytes));
+        say("shared-memory", format!("{size} of shared memory travel inside the pause{takes}"));
+    }
+    if m.tmpfs_bytes >= WORTH_A_WORD {
+        let (size, takes) = (mib(m.tmpfs_bytes), takes(m.tmpfs_bytes));
+        say("tmpfs", format!("{size} of files in tmpfs travel inside the pause{takes}"));
+    }
+    if m.tmpfs_mounts > MANY_TMPFS {
+        let mounts = m.tmpfs_mounts;
+        say("tmpfs", format!("CRIU packs each of {mounts} tmpfs mounts inside the pause"));
+    }
+    if m.huge_bytes > 0 {
+        let size = mib(m.huge_bytes);
+        say("huge-pages", format!("{size} of huge pages are restored before it runs again"));
+    }
+    if m.conntrack_buckets >= MANY_BUCKETS {
+        let buckets = u32::try_from(m.conntrack_buckets).unwrap_or(u32::MAX);
+        let takes = millis(micros(PER_BUCKET.saturating_mul(buckets).saturating_mul(WALKS)));
+        say(
+            "conntrack",
+            format!(
+                "CRIU walks this node's table of {buckets} connections inside the pause, about \
+                 {takes} (nf_conntrack_buckets)"
+            ),
+        );
+    }
+    if m.processes > MANY_PROCESSES {
+        say("processes", format!("{} processes are dumped and restored one by one", m.processes));
+    }
+}
+
+fn mib(bytes: u64) -> String {
+    format!("{} MiB", bytes.div_ceil(1 << 20))
+}
+
+fn millis(us: u64) -> String {
+    format!("{} ms", us.div_ceil(1000))
+}
+
+fn micros(time: Duration) -> u64 {
+    time.as_micros().try_into().unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use transship_api::control::{LinkReport, Prediction};
+
+    use super::*;
+
+    fn about(plan: &PlanResponse, tuning: &Tuning) -> Vec<String> {
+        remarks(plan, tuning).into_iter().map(|r| r.about).collect()
+    }
+
+    fn plan(memory: WatchResponse) -> PlanResponse {
+        PlanResponse {
+            memory: Some(memory).into(),
+            link: Some(LinkReport { rate: 100 << 20, ..Default::default() }).into(),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn nothing_is_said_without_a_reason() {
+        let memory = WatchResponse {
+            backend: "write-protect".into(),
+            shared_bytes: 4096,
+            tmpfs_bytes: 4096,
+            tmpfs_mounts: 5,
+            processes: 3,
+            ..Default::default()
+        };
+        let none: [&str; 0] = [];
+        assert_eq!(about(&plan(memory), &Tuning::default()), none);
+    }
+
+    #[test]
+    fn everything_has_its_word() {
+        let memory = WatchResponse {
+            backend: "none".into(),
+            fallback: "an old kernel".into(),
+            shared_bytes: 128 << 20,
+            tmpfs_bytes: 2 << 20,
+            tmpfs_mounts: 20,
+            huge_bytes: 2 << 20,
+            conntrack_buckets: 1 << 18,
+            processes: 1000,
+            ..Default::default()
+        };
+        let mut plan = plan(memory);
+        plan.rootfs_bytes = 5 << 20;
+        plan.prediction = Some(Prediction {
+            expected_downtime_us: 200_000,
+            cpu_throttle_percentage: 40,
+            ..Default::default()
+        })
+        .into();
+        let tuning = Tuning { post_copy: "auto".into(), ..Default::default() };
+        assert_eq!(
+            about(&plan, &tuning),
+            [
+                "tracking",
+                "shared-memory",
+                "tmpfs",
+                "tmpfs",
+                "huge-pages",
+                "conntrack",
+                "processes",
+                "throttle",
+                "pause",
+                "post-copy",
+                "files"
+            ]
+        );
+        let said = remarks(&plan, &tuning);
+        assert!(said[1].text.contains("128 MiB") && said[1].text.contains("about 14"), "{said:?}");
+        assert!(said[5].text.contains("about 35 ms"), "{said:?}");
+        assert!(said[8].text.contains("200 ms are expected, and 100 ms"), "{said:?}");
+    }
+}
