@@ -8,6 +8,7 @@
 pub mod codec;
 mod dirty;
 mod error;
+mod faults;
 mod inject;
 mod maps;
 mod obstacles;
@@ -20,6 +21,7 @@ mod sys;
 mod tracker;
 
 pub use error::MemoryError;
+pub use faults::{FaultServer, Options as FaultOptions, Served, Serving, Source};
 pub use obstacles::obstacles;
 pub use store::Store;
 pub use tracker::{Pids, Statistics, Tracker, Want};
