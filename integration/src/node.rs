@@ -241,6 +241,8 @@ impl Node {
         let path = std::env::var("PATH").unwrap_or_default();
         let mut environment =
             vec![("PATH".to_owned(), format!("{}:{path}:/usr/sbin:/sbin", bin.display()))];
+        // Not there until a test puts a gate there, with which it holds CRIU.
+        environment.push(("TRANSSHIP_TAR".to_owned(), bin.join("tar").display().to_string()));
         if let Some(criu) = rlimits::criu_wrapper()? {
             // By a name of the node's own, so that a test can put a gate there.
             let named = bin.join("criu");

@@ -24,6 +24,9 @@ use crate::{
     stub, sys,
 };
 
+/// The tar for CRIU in place of our own, where there is such a file.
+const TAR: &str = "TRANSSHIP_TAR";
+
 /// More than CRIU says before it gives up; a loop of warnings must not fill
 /// an error message.
 const MAX_STDERR: u64 = 2048;
@@ -39,7 +42,7 @@ pub struct Gate {
     listening: AbortHandle,
 }
 
-/// The directory with the socket and the `criu` link; removed on drop. A
+/// The directory with the socket, the `criu` link and CRIU's `tar`; removed on drop. A
 /// conversation keeps it as well, for CRIU's stderr.
 #[derive(Debug)]
 pub(crate) struct GateDir(PathBuf);
@@ -129,8 +132,13 @@ impl GateDir {
         // Not our path but our process: the stub is this very binary even
         // when an upgrade has replaced the file.
         let own = format!("/proc/{}/exe", std::process::id());
-        let link = dir.0.join("criu");
-        symlink(own, &link).map_err(CriuError::file("linking", &link))?;
+        let programs = dir.0.join(stub::PROGRAMS);
+        fs::create_dir(&programs).map_err(CriuError::file("creating", &programs))?;
+        let tar = std::env::var_os(TAR).map(PathBuf::from).filter(|tar| tar.exists());
+        let tar = tar.unwrap_or_else(|| own.clone().into());
+        for (program, link) in [(own.into(), dir.0.join("criu")), (tar, programs.join("tar"))] {
+            symlink(&program, &link).map_err(CriuError::file("linking", &link))?;
+        }
         Ok(dir)
     }
 

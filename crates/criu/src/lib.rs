@@ -29,6 +29,7 @@ pub mod pages;
 mod remembered;
 pub mod stub;
 mod sys;
+mod tar;
 
 #[cfg(any(test, feature = "fake"))]
 pub mod fake;

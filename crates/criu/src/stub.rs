@@ -18,7 +18,7 @@ use std::{
     process::{self, Command},
 };
 
-use crate::{features, packet::Packet, sys};
+use crate::{features, packet::Packet, sys, tar};
 
 /// Where the gate listens.
 pub(crate) const GATE: &str = "TRANSSHIP_GATE";
@@ -26,19 +26,26 @@ pub(crate) const GATE: &str = "TRANSSHIP_GATE";
 pub(crate) const CRIU: &str = "TRANSSHIP_CRIU";
 /// Set: CRIU gets its own mount namespace.
 pub(crate) const ISOLATE: &str = "TRANSSHIP_ISOLATE";
+/// Beside the gate's socket: a directory with programs that CRIU finds first.
+pub(crate) const PROGRAMS: &str = "bin";
 /// Beside the gate's socket: what CRIU and the stub say on stderr.
 pub(crate) const STDERR: &str = "criu.err";
 
 /// Out of the way of CRIU's first descriptors; any free number would do.
 const COPIES_ABOVE: RawFd = 16;
 
-/// When this process was started under the name `criu` it is the stub, and
-/// this call does not return. Call it first in `main`: every millisecond here
+/// When this process was started under the name `criu` it is the stub, under
+/// the name `tar` what CRIU calls by it, and this call does not return. Call it first in `main`: every millisecond here
 /// is one of the container's pause.
 pub fn become_criu_if_asked() {
     let mut arguments = env::args_os();
     let name = arguments.next().unwrap_or_default();
-    if Path::new(&name).file_name() != Some(OsStr::new("criu")) {
+    let name = Path::new(&name).file_name();
+    if name == Some(OsStr::new("tar")) {
+        let arguments: Vec<OsString> = arguments.collect();
+        tar::run(&arguments);
+    }
+    if name != Some(OsStr::new("criu")) {
         return;
     }
     let arguments: Vec<OsString> = arguments.collect();
@@ -105,12 +112,15 @@ fn open_stderr(gate: &Path) -> io::Result<File> {
     OpenOptions::new().append(true).create(true).mode(0o600).open(path)
 }
 
-/// CRIU and what it starts (tar, iptables) see the world as without us.
+/// CRIU and what it starts see the world as without us, but for the programs
+/// that we do better.
 fn forget_the_gate(command: &mut Command, gate: Option<&Path>) {
     command.env_remove(GATE).env_remove(CRIU).env_remove(ISOLATE);
     let dir = gate.and_then(Path::parent);
     let kept = env::var_os("PATH").and_then(|path| {
-        env::join_paths(env::split_paths(&path).filter(|entry| Some(entry.as_path()) != dir)).ok()
+        let ours = dir.map(|dir| dir.join(PROGRAMS));
+        let others = env::split_paths(&path).filter(|entry| Some(entry.as_path()) != dir);
+        env::join_paths(ours.into_iter().chain(others)).ok()
     });
     if let Some(path) = kept {
         command.env("PATH", path);
