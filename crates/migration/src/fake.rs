@@ -44,6 +44,8 @@ pub enum Step {
     Read,
     Peek,
     LastScan,
+    /// The source claims a page that it never sent.
+    Lie,
     Hide,
     Store,
     /// The container runs by then.
@@ -62,13 +64,14 @@ impl Step {
         Step::Discard,
     ];
 
-    pub const OF_MEMORY: [Step; 8] = [
+    pub const OF_MEMORY: [Step; 9] = [
         Step::Connect,
         Step::Lane,
         Step::Scan,
         Step::Read,
         Step::Peek,
         Step::LastScan,
+        Step::Lie,
         Step::Hide,
         Step::Store,
     ];

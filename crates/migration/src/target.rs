@@ -18,8 +18,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 use transship_api::session::{Filled, Prepared, Refused, Running, Waiting, shim_message::Message};
 use transship_link::Channel;
-use transship_memory::MemoryError;
-use transship_types::{Code, PageSet, Refusal, Space, Ticket};
+use transship_memory::{MemoryError, Store};
+use transship_types::{Code, PageRange, PageSet, Refusal, Space, Ticket};
 
 use self::landing::Landing;
 use crate::{
@@ -82,6 +82,32 @@ pub trait PageStore: PageSink {
     fn present(&self, space: Space, pages: &PageSet) -> Result<(), MemoryError>;
     /// Of which some page is here.
     fn spaces(&self) -> Vec<Space>;
+}
+
+impl PageSink for Store {
+    fn put(
+        &self,
+        space: Space,
+        ranges: &[PageRange],
+        bytes: &[u8],
+        round: u32,
+    ) -> Result<(), MemoryError> {
+        Store::put(self, space, ranges, bytes, round)
+    }
+
+    fn zero(&self, space: Space, ranges: &[PageRange], round: u32) -> Result<(), MemoryError> {
+        Store::zero(self, space, ranges, round)
+    }
+}
+
+impl PageStore for Store {
+    fn present(&self, space: Space, pages: &PageSet) -> Result<(), MemoryError> {
+        Store::present(self, space, pages)
+    }
+
+    fn spaces(&self) -> Vec<Space> {
+        Store::spaces(self)
+    }
 }
 
 /// A container that runs here.

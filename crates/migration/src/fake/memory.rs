@@ -1,5 +1,5 @@
 //! Memory that is a table, with a workload that writes while nobody looks, and
-//! a store that is another table.
+//! a store that can fail.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use transship_memory::{Backend, Dirty, Last, Memory, MemoryError};
+use transship_memory::{Backend, Dirty, Last, Memory, MemoryError, Store};
 use transship_types::{PAGE, PageRange, PageSet, Space};
 
 use super::Step;
@@ -159,7 +159,8 @@ impl Memory for FakeMemory {
         self.fail(Step::LastScan)?;
         let mut state = self.state();
         let dirty = state.take_dirty();
-        let present = sets(state.pages.keys().copied());
+        let lie = (self.fails == Some(Step::Lie)).then_some((SPACES[0], state.size + 1));
+        let present = sets(state.pages.keys().copied().chain(lie));
         Ok(Last { dirty, present, scan: Duration::from_micros(1) })
     }
 
@@ -192,24 +193,34 @@ impl Memory for FakeMemory {
     }
 }
 
-/// Pages in a map.
-#[derive(Debug)]
+/// The real store, which fails where it is told to.
 pub struct FakeStore {
-    pages: Mutex<BTreeMap<Page, Vec<u8>>>,
+    store: Store,
     fails: Option<Step>,
 }
 
 impl FakeStore {
     pub fn new(fails: Option<Step>) -> Self {
-        Self { pages: Mutex::default(), fails }
+        /// More than any test has.
+        const LIMIT: u64 = 256 << 20;
+        Self { store: Store::new(LIMIT), fails }
     }
 
-    pub fn contents(&self) -> BTreeMap<Page, Vec<u8>> {
-        self.pages().clone()
+    /// Of the pages that `present` names.
+    pub fn contents(&self, present: &[(Space, PageSet)]) -> BTreeMap<Page, Vec<u8>> {
+        let mut contents = BTreeMap::new();
+        for (space, pages) in present {
+            for page in pages.iter().flat_map(|range| pages_of(&[range]).collect::<Vec<_>>()) {
+                let mut bytes = vec![0; PAGE as usize];
+                self.store.copy_out(*space, range(page), &mut bytes).expect("a page that is here");
+                contents.insert((*space, page), bytes);
+            }
+        }
+        contents
     }
 
-    fn pages(&self) -> MutexGuard<'_, BTreeMap<Page, Vec<u8>>> {
-        self.pages.lock().unwrap_or_else(PoisonError::into_inner)
+    pub fn bytes(&self) -> u64 {
+        self.store.bytes()
     }
 }
 
@@ -219,37 +230,25 @@ impl PageSink for FakeStore {
         space: Space,
         ranges: &[PageRange],
         bytes: &[u8],
-        _round: u32,
+        round: u32,
     ) -> Result<(), MemoryError> {
         if self.fails == Some(Step::Store) {
             return Err(MemoryError::Full { limit_bytes: 0 });
         }
-        let pages = pages_of(ranges).zip(bytes.chunks(PAGE as usize));
-        self.pages().extend(pages.map(|(page, bytes)| ((space, page), bytes.to_vec())));
-        Ok(())
+        self.store.put(space, ranges, bytes, round)
     }
 
-    fn zero(&self, space: Space, ranges: &[PageRange], _round: u32) -> Result<(), MemoryError> {
-        let pages = pages_of(ranges);
-        self.pages().extend(pages.map(|page| ((space, page), vec![0; PAGE as usize])));
-        Ok(())
+    fn zero(&self, space: Space, ranges: &[PageRange], round: u32) -> Result<(), MemoryError> {
+        self.store.zero(space, ranges, round)
     }
 }
 
 impl PageStore for FakeStore {
     fn present(&self, space: Space, pages: &PageSet) -> Result<(), MemoryError> {
-        let mut here = self.pages();
-        here.retain(|(owner, page), _| *owner != space || pages.contains(page * PAGE));
-        for page in pages.iter().flat_map(|range| pages_of(&[range]).collect::<Vec<_>>()) {
-            if !here.contains_key(&(space, page)) {
-                return Err(MemoryError::Missing { space, address: page * PAGE });
-            }
-        }
-        Ok(())
+        self.store.present(space, pages)
     }
 
     fn spaces(&self) -> Vec<Space> {
-        let spaces: BTreeSet<Space> = self.pages().keys().map(|(space, _)| *space).collect();
-        spaces.into_iter().collect()
+        self.store.spaces()
     }
 }
