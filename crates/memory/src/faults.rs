@@ -198,7 +198,9 @@ impl Drop for Serving {
     fn drop(&mut self) {
         let early = {
             let state = self.shared.state();
-            !state.complete && !state.given_up && !lock(&self.shared.tasks).is_empty()
+            // Descriptors can still lie in CRIU's connection.
+            let held = state.resumed || !lock(&self.shared.tasks).is_empty();
+            held && !state.complete && !state.given_up
         };
         if early {
             (self.shared.options.kill)();

@@ -16,10 +16,6 @@ use transship_types::{PAGE, PageRange};
 
 /// What a descriptor can be asked for (`UFFD_FEATURE_*`).
 pub mod feature {
-    pub const EVENT_FORK: u64 = 1 << 1;
-    pub const EVENT_REMAP: u64 = 1 << 2;
-    pub const EVENT_REMOVE: u64 = 1 << 3;
-    pub const EVENT_UNMAP: u64 = 1 << 6;
     /// Write-protection of memory that is not anonymous.
     pub const WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
     /// Pages that nobody has touched can be protected, too.
@@ -28,10 +24,10 @@ pub mod feature {
     pub const WP_ASYNC: u64 = 1 << 15;
 }
 
-/// What is watched in a range (`UFFDIO_REGISTER_MODE_*`).
+/// What is watched in a range (`UFFDIO_REGISTER_MODE_*`). Where pages are
+/// missing CRIU has said so.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
-    Missing,
     WriteProtect,
 }
 
@@ -99,28 +95,11 @@ impl Userfaultfd {
 
     pub fn register(&self, range: PageRange, mode: Mode) -> io::Result<()> {
         let mode = match mode {
-            Mode::Missing => REGISTER_MISSING,
             Mode::WriteProtect => REGISTER_WP,
         };
         let mut register = Register { range: range.into(), mode, ioctls: 0 };
         // SAFETY: as in `api`.
         unsafe { ioctl::register(self.raw(), &mut register) }?;
-        Ok(())
-    }
-
-    pub fn unregister(&self, range: PageRange) -> io::Result<()> {
-        let mut range = Range::from(range);
-        // SAFETY: as in `api`; the kernel only reads the range.
-        unsafe { ioctl::unregister(self.raw(), &mut range) }?;
-        Ok(())
-    }
-
-    /// Protects what is there against writing, or lets it be written again.
-    pub fn write_protect(&self, range: PageRange, protect: bool) -> io::Result<()> {
-        let mode = if protect { WRITEPROTECT_WP } else { 0 };
-        let mut arg = WriteProtect { range: range.into(), mode };
-        // SAFETY: as in `api`.
-        unsafe { ioctl::writeprotect(self.raw(), &mut arg) }?;
         Ok(())
     }
 
@@ -145,7 +124,7 @@ impl Userfaultfd {
     /// Lets those who wait in the range look again.
     pub fn wake(&self, range: PageRange) -> io::Result<()> {
         let mut range = Range::from(range);
-        // SAFETY: as in `unregister`.
+        // SAFETY: as in `api`; the kernel only reads the range.
         unsafe { ioctl::wake(self.raw(), &mut range) }?;
         Ok(())
     }
@@ -221,9 +200,7 @@ fn filled(result: nix::Result<libc::c_int>, count: i64, range: PageRange) -> Fil
 }
 
 const UFFD_API: u64 = 0xAA;
-const REGISTER_MISSING: u64 = 1 << 0;
 const REGISTER_WP: u64 = 1 << 1;
-const WRITEPROTECT_WP: u64 = 1 << 0;
 
 const EVENT_PAGEFAULT: u8 = 0x12;
 const EVENT_FORK: u8 = 0x13;
@@ -258,12 +235,6 @@ struct Register {
 }
 
 #[repr(C)]
-struct WriteProtect {
-    range: Range,
-    mode: u64,
-}
-
-#[repr(C)]
 struct Copy {
     to: u64,
     from: u64,
@@ -294,7 +265,6 @@ struct Message {
 const _: () = {
     assert!(size_of::<Api>() == 24);
     assert!(size_of::<Register>() == 32 && offset_of!(Register, mode) == 16);
-    assert!(size_of::<WriteProtect>() == 24 && offset_of!(WriteProtect, mode) == 16);
     assert!(size_of::<Copy>() == 40 && offset_of!(Copy, copied) == 32);
     assert!(size_of::<Zeropage>() == 32 && offset_of!(Zeropage, zeroed) == 24);
     assert!(size_of::<Message>() == 32 && offset_of!(Message, second) == 16);
@@ -302,14 +272,12 @@ const _: () = {
 };
 
 mod ioctl {
-    use super::{Api, Copy, Range, Register, UFFD_API, WriteProtect, Zeropage};
+    use super::{Api, Copy, Range, Register, UFFD_API, Zeropage};
 
     const TYPE: u8 = UFFD_API as u8;
     nix::ioctl_readwrite!(api, TYPE, 0x3F, Api);
     nix::ioctl_readwrite!(register, TYPE, 0x00, Register);
-    nix::ioctl_read!(unregister, TYPE, 0x01, Range);
     nix::ioctl_read!(wake, TYPE, 0x02, Range);
     nix::ioctl_readwrite!(copy, TYPE, 0x03, Copy);
     nix::ioctl_readwrite!(zeropage, TYPE, 0x04, Zeropage);
-    nix::ioctl_readwrite!(writeprotect, TYPE, 0x06, WriteProtect);
 }
