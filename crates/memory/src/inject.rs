@@ -83,10 +83,11 @@ fn in_thread(
 ) -> Result<Taken, Refused> {
     let seized = Seized::stop(tid, patience, code)?;
     let number = seized.call(libc::SYS_userfaultfd, [FLAGS as u64, 0, 0])?;
-    let number = i32::try_from(number).map_err(|_| {
-        // Negative numbers are errors, as everywhere below the C library.
-        Refused::Call(io::Error::from_raw_os_error(-number as i32))
-    })?;
+    // Negative numbers are errors, as everywhere below the C library.
+    if number < 0 {
+        return Err(Refused::Call(io::Error::from_raw_os_error(-number as i32)));
+    }
+    let number = number as i32;
     let taken = sys::process::take_descriptor(process.handle.as_fd(), number);
     seized.close(number)?;
     let stopped = seized.release();

@@ -11,6 +11,8 @@ pub(crate) struct Mapping {
     pub writable: bool,
     /// Copied on write: its changed pages belong to this process alone.
     pub private: bool,
+    /// Where nothing was changed, it shows a file.
+    pub file: bool,
     pub kind: Kind,
 }
 
@@ -70,7 +72,8 @@ fn line(line: &[u8]) -> Option<(Mapping, &[u8])> {
     let mut fields = line.splitn(6, |&byte| byte == b' ');
     let range = std::str::from_utf8(fields.next()?).ok()?;
     let permissions = fields.next()?;
-    let name = fields.nth(3).map_or(&b""[..], |name| name.trim_ascii_start());
+    let inode = fields.nth(2)?;
+    let name = fields.next().map_or(&b""[..], |name| name.trim_ascii_start());
     let (start, end) = range.split_once('-')?;
     let address = |text| u64::from_str_radix(text, 16).ok();
     let kernel = name == b"[vdso]" || name.starts_with(b"[vvar") || name == b"[vsyscall]";
@@ -78,6 +81,7 @@ fn line(line: &[u8]) -> Option<(Mapping, &[u8])> {
         range: PageRange::new(address(start)?, address(end)?).ok()?,
         writable: permissions.get(1) == Some(&b'w'),
         private: permissions.get(3) == Some(&b'p'),
+        file: inode != b"0",
         kind: if kernel { Kind::Kernel } else { Kind::Ordinary },
     };
     Some((mapping, name))
@@ -108,6 +112,7 @@ ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsysca
             starts(maps.iter().filter(|mapping| mapping.moves()).collect()),
             [0x55d0_c000_0000, 0x55d0_c000_2000, 0x7f00_0000_0000, 0x7ffd_0000_0000],
         );
+        assert_eq!(maps.iter().filter(|mapping| mapping.file).count(), 3);
         assert_eq!(
             starts(maps.iter().filter(|mapping| mapping.writable).collect()),
             [0x55d0_c000_2000, 0x7f00_0010_0000, 0x7ffd_0000_0000],

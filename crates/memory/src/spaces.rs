@@ -22,7 +22,7 @@ pub(crate) struct Process {
 
 impl Process {
     /// None if it is gone, or a zombie: that has no memory.
-    fn open(pid: i32) -> io::Result<Option<Self>> {
+    pub fn open(pid: i32) -> io::Result<Option<Self>> {
         let opened = (|| {
             let handle = sys::process::open(pid)?;
             let Some(started) = start_of(&fs::read_to_string(format!("/proc/{pid}/stat"))?) else {
@@ -97,18 +97,19 @@ fn sort<T: Clone>(items: &mut [T], compare: impl Fn(&T, &T) -> Ordering + Copy) 
     if items.len() < 2 {
         return;
     }
-    let (left, right) = items.split_at_mut(items.len() / 2);
-    sort(left, compare);
-    sort(right, compare);
-    let (mut left, mut right) =
-        (left.to_vec().into_iter().peekable(), right.to_vec().into_iter().peekable());
+    let middle = items.len() / 2;
+    sort(&mut items[..middle], compare);
+    sort(&mut items[middle..], compare);
+    let halves = items.to_vec();
+    let (left, right) = halves.split_at(middle);
+    let (mut left, mut right) = (left.iter().peekable(), right.iter().peekable());
     for place in items {
         let from_left = match (left.peek(), right.peek()) {
             (Some(l), Some(r)) => compare(l, r) != Ordering::Greater,
             (l, _) => l.is_some(),
         };
         let next = if from_left { left.next() } else { right.next() };
-        *place = next.expect("as many as there are places");
+        place.clone_from(next.expect("as many as there are places"));
     }
 }
 

@@ -13,7 +13,7 @@ use transship_types::{PageRange, Space};
 use crate::{
     Backend, Dirty, Last, Memory, MemoryError,
     dirty::{Chosen, Cost, Watch},
-    read,
+    maps, read,
     spaces::{self, Process},
 };
 
@@ -111,9 +111,16 @@ impl Tracker {
     }
 }
 
-/// Turns an error about one process's files into ours.
-fn about(what: &'static str, process: &Process) -> impl FnOnce(io::Error) -> MemoryError {
-    move |source| MemoryError::Process { what, pid: process.pid, source }
+/// A process that ended meanwhile has no pages.
+fn ended_is_empty<T: Default>(process: &Process, pages: io::Result<T>) -> Result<T, MemoryError> {
+    match pages {
+        Err(error) if maps::gone(&error) => Ok(T::default()),
+        pages => pages.map_err(|source| MemoryError::Process {
+            what: "watching the memory",
+            pid: process.pid,
+            source,
+        }),
+    }
 }
 
 impl Memory for Tracker {
@@ -135,7 +142,7 @@ impl Memory for Tracker {
         for (space, process) in &*processes {
             let Some(watch) = watches.get_mut(space) else { continue };
             let mut cost = Cost::default();
-            let pages = watch.round(process, &mut cost).map_err(about("watching", process))?;
+            let pages = ended_is_empty(process, watch.round(process, &mut cost))?;
             statistics.add(*space, cost);
             if !pages.is_empty() {
                 dirty.spaces.push((*space, pages));
@@ -156,7 +163,7 @@ impl Memory for Tracker {
         let mut pages = 0;
         for (space, process) in &state.processes {
             if let Some(watch) = state.watches.get(space) {
-                pages += watch.look(process).map_err(about("watching", process))?.dirty.pages();
+                pages += ended_is_empty(process, watch.look(process))?.dirty.pages();
             }
         }
         Ok(pages)
@@ -169,7 +176,7 @@ impl Memory for Tracker {
         let mut last = Last::default();
         for (space, process) in &state.processes {
             let Some(watch) = state.watches.get(space) else { continue };
-            let pages = watch.look(process).map_err(about("watching", process))?;
+            let pages = ended_is_empty(process, watch.look(process))?;
             if !pages.dirty.is_empty() {
                 last.dirty.spaces.push((*space, pages.dirty));
             }

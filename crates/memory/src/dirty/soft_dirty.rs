@@ -95,3 +95,136 @@ impl Watch for SoftDirty {
         Ok(pages)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{os::unix::fs::FileExt, process::Command};
+
+    use transship_types::{PAGE, PageRange, PageSet};
+
+    use super::*;
+
+    const ZEROES: u64 = 77;
+    const SOFT_DIRTY: u64 = 1 << 55;
+    const FILE: u64 = 1 << 61;
+    const SWAPPED: u64 = 1 << 62;
+    const PRESENT: u64 = 1 << 63;
+
+    fn pages(numbers: &[u64]) -> PageSet {
+        numbers.iter().map(|&page| PageRange::of_pages(page * PAGE, 1).unwrap()).collect()
+    }
+
+    /// A real process, of which only the threads are real: its files are ours.
+    struct Fake {
+        child: std::process::Child,
+        proc: tempfile::TempDir,
+        process: Process,
+        watch: SoftDirty,
+    }
+
+    impl Fake {
+        fn new() -> Self {
+            let proc = tempfile::tempdir().unwrap();
+            let child = Command::new("/bin/sleep").arg("1000").spawn().unwrap();
+            let pid = child.id() as i32;
+            let process = Process::open(pid).unwrap().unwrap();
+            fs::create_dir(proc.path().join(pid.to_string())).unwrap();
+            let mut watch = SoftDirty::new(Entries::new(ZEROES));
+            watch.proc = proc.path().into();
+            let fake = Self { child, proc, process, watch };
+            fs::write(
+                fake.file("maps"),
+                "10000-14000 rw-p 00000000 00:00 0 \n\
+                 14000-16000 rw-s 00000000 00:01 9 /shared\n\
+                 16000-18000 r--p 00000000 00:00 0 [vvar]\n\
+                 18000-19000 ---p 00000000 00:00 0 \n",
+            )
+            .unwrap();
+            fake
+        }
+
+        fn file(&self, name: &str) -> PathBuf {
+            self.proc.path().join(self.process.pid.to_string()).join(name)
+        }
+
+        fn set(&self, entries: &[(u64, u64)]) {
+            let pagemap = fs::File::create(self.file("pagemap")).unwrap();
+            pagemap.set_len(0x20 * 8).unwrap();
+            for (page, entry) in entries {
+                pagemap.write_all_at(&entry.to_ne_bytes(), page * 8).unwrap();
+            }
+        }
+
+        fn cleared(&self) -> bool {
+            fs::read_to_string(self.file("clear_refs")).is_ok_and(|written| written == CLEAR)
+        }
+
+        fn round(&mut self) -> PageSet {
+            let _ = fs::remove_file(self.file("clear_refs"));
+            self.watch.round(&self.process, &mut Cost::default()).unwrap()
+        }
+    }
+
+    impl Drop for Fake {
+        fn drop(&mut self) {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+    }
+
+    #[test]
+    fn an_entry_tells_whose_a_page_is() {
+        let entries = Entries::new(ZEROES);
+        for (entry, own) in [
+            (0, None),
+            (SOFT_DIRTY, None),
+            (PRESENT | 5, Some(false)),
+            (PRESENT | SOFT_DIRTY | 5, Some(true)),
+            (PRESENT | FILE | SOFT_DIRTY | 5, None),
+            (PRESENT | SOFT_DIRTY | ZEROES, None),
+            // Not a place in memory, but one in swap.
+            (SWAPPED | SOFT_DIRTY | ZEROES, Some(true)),
+            (SWAPPED | ZEROES, Some(false)),
+        ] {
+            assert_eq!(entries.decode(entry), own, "{entry:#x}");
+        }
+        assert_eq!(Entries::new(0).decode(PRESENT), Some(false), "a frame that is kept from us");
+    }
+
+    #[test]
+    fn all_at_first_and_then_what_is_marked() {
+        let mut fake = Fake::new();
+        fake.set(&[
+            (0x10, PRESENT | 1),
+            (0x12, SWAPPED | 1),
+            (0x13, PRESENT | ZEROES),
+            (0x14, PRESENT | SOFT_DIRTY | 3),
+            (0x16, PRESENT | SOFT_DIRTY | 4),
+            (0x18, PRESENT | 5),
+        ]);
+        let all = pages(&[0x10, 0x12, 0x18]);
+        let look = fake.watch.look(&fake.process).unwrap();
+        assert_eq!((&look.dirty, &look.present), (&all, &all));
+        assert!(!fake.cleared());
+        assert_eq!(fake.round(), all);
+        assert!(fake.cleared());
+        assert_eq!(fake.round(), pages(&[]));
+
+        fake.set(&[(0x10, PRESENT | 1), (0x11, PRESENT | SOFT_DIRTY | 6)]);
+        let look = fake.watch.look(&fake.process).unwrap();
+        assert_eq!((look.dirty, look.present), (pages(&[0x11]), pages(&[0x10, 0x11])));
+        assert_eq!(fake.round(), pages(&[0x11]));
+        assert!(fake.cleared());
+    }
+
+    #[test]
+    fn the_process_stands_still_while_it_is_read_and_cleared() {
+        let fake = Fake::new();
+        let pid = fake.process.pid;
+        let state = || stop::state(pid, pid);
+        let (inside, stopped) = stop::all_threads(pid, state).unwrap();
+        assert_eq!(inside, Some(b't'));
+        assert!(stopped > std::time::Duration::ZERO);
+        assert_ne!(state(), Some(b't'));
+    }
+}

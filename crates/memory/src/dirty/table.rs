@@ -63,9 +63,9 @@ impl Categories {
         }
     }
 
-    /// The same, told apart by whether they are watched and written.
+    /// The same, told apart by whether they are watched, written and swapped.
     pub fn look(self) -> pagemap::Filter {
-        self.own(WATCHED | WRITTEN)
+        self.own(WATCHED | WRITTEN | SWAPPED)
     }
 
     /// The same, all of them.
@@ -88,6 +88,22 @@ impl Categories {
 /// Whether a region counts as changed: written, or not watched at all.
 pub(super) fn changed(region: &Region) -> bool {
     region.categories & WATCHED == 0 || region.categories & WRITTEN != 0
+}
+
+/// Whether the page of a file's private mapping may show the file again.
+///
+/// When a page that we protected is given back there (MADV_DONTNEED), the
+/// kernel keeps a marker in its place that looks like a page in swap, and an
+/// unwritten one. What it reads as is the file's contents. Pages that really
+/// are swapped out look the same.
+pub(super) fn reverted(region: &Region, maps: &[Mapping]) -> bool {
+    region.categories & SWAPPED != 0 && {
+        let first = maps.partition_point(|mapping| mapping.range.end() <= region.start);
+        maps[first..]
+            .iter()
+            .take_while(|mapping| mapping.range.start() < region.end)
+            .any(|mapping| mapping.file)
+    }
 }
 
 /// The page tables of one address space: that which the process had when this

@@ -14,7 +14,7 @@ use transship_types::{PageRange, PageSet};
 
 use super::{
     Cost, Pages, Watch,
-    table::{Categories, Collector, Pagemap, changed, spans},
+    table::{Categories, Collector, Pagemap, changed, reverted, spans},
 };
 use crate::{
     inject,
@@ -168,7 +168,7 @@ impl Watch for WriteProtect {
         for span in spans(&maps) {
             pagemap.scan(span, &self.categories.look(), |region| {
                 present.add(region.start, region.end);
-                if self.uffd.is_none() || changed(region) {
+                if self.uffd.is_none() || changed(region) || reverted(region, &maps) {
                     dirty.add(region.start, region.end);
                 }
             })?;

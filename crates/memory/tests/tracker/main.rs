@@ -2,6 +2,8 @@
 //! the program that is watched. Needs root, and Linux 6.7 or later.
 
 mod changes;
+mod random;
+mod stops;
 mod store;
 mod sys;
 mod target;

@@ -30,13 +30,18 @@ impl Store {
     /// as it is now. The store itself stays as it was.
     pub fn check(&self, tracker: &Tracker) {
         let last = tracker.last().unwrap();
-        let mut here = self.clone();
-        here.take(tracker, &last.dirty);
         let spaces = tracker.spaces();
         assert_eq!(spaces.len(), last.present.len());
+        let present = |space| &last.present.iter().find(|(named, _)| *named == space).unwrap().1;
+        // Before anything is read: that can bring pages back from where they
+        // are.
+        for &(space, pid) in &spaces {
+            assert_eq!(*present(space), own_pages(pid), "pages of {space}");
+        }
+        let mut here = self.clone();
+        here.take(tracker, &last.dirty);
         for (space, pid) in spaces {
-            let (_, present) = last.present.iter().find(|(named, _)| *named == space).unwrap();
-            assert_eq!(*present, own_pages(pid), "pages of {space}");
+            let present = present(space);
             let memory = File::open(format!("/proc/{pid}/mem")).unwrap();
             let mut real = vec![0; PAGE as usize];
             for page in present.iter().flat_map(pages_of) {

@@ -70,22 +70,50 @@ pub fn fork() -> io::Result<Option<i32>> {
     Ok((pid != 0).then_some(pid))
 }
 
-/// Returns when the child, which shares our memory, has read a byte.
-pub fn vfork_until_read(fd: i32) -> io::Result<()> {
+/// Returns when the child, which shares our memory, has read a byte from the
+/// standard input.
+pub fn vfork_until_read() -> io::Result<()> {
     // SAFETY: the child makes two system calls, neither of which touches
     // memory that its parent uses meanwhile, and leaves.
     unsafe {
-        #[allow(deprecated)]
+        #[expect(deprecated, reason = "what old programs do is what is tested")]
         let pid = libc::vfork();
         if pid == 0 {
             let mut byte = 0u8;
-            libc::read(fd, (&raw mut byte).cast(), 1);
+            libc::read(0, (&raw mut byte).cast(), 1);
             libc::_exit(0);
         }
         done(pid.into())?;
         libc::waitpid(pid, ptr::null_mut(), 0);
     }
     Ok(())
+}
+
+static COUNTED: AtomicU64 = AtomicU64::new(0);
+
+/// Counts the signals of this number from here on.
+pub fn count(signal: i32) {
+    extern "C" fn handle(_: i32) {
+        COUNTED.fetch_add(1, Ordering::Relaxed);
+    }
+    // SAFETY: the handler adds to a number, which is safe in a signal handler.
+    unsafe { libc::signal(signal, handle as *const () as libc::sighandler_t) };
+}
+
+pub fn counted() -> u64 {
+    COUNTED.load(Ordering::Relaxed)
+}
+
+/// Sends a signal that is not merged with others of its number.
+pub fn queue(pid: i32, signal: i32) -> io::Result<()> {
+    let value = libc::sigval { sival_ptr: ptr::null_mut() };
+    // SAFETY: takes numbers, here of a process of the test's.
+    done(unsafe { libc::sigqueue(pid, signal, value) }.into()).map(drop)
+}
+
+/// Whether every thread of the process waits for something.
+pub fn asleep(pid: i32) -> bool {
+    crate::target::threads(pid).iter().all(|state| *state == b'S')
 }
 
 /// From here on userfaultfd(2) and ptrace(2) kill whoever calls them.
@@ -141,6 +169,18 @@ pub fn kill(pid: i32, signal: i32) {
 pub fn end_with_parent() {
     // SAFETY: takes numbers.
     unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+}
+
+pub fn wait(child: i32) {
+    // SAFETY: waits for a child of ours and asks for no status.
+    unsafe { libc::waitpid(child, ptr::null_mut(), 0) };
+}
+
+/// How many children have ended since.
+pub fn collect_children() -> u32 {
+    // SAFETY: as in `wait`.
+    (0..).take_while(|_| unsafe { libc::waitpid(-1, ptr::null_mut(), libc::WNOHANG) } > 0).count()
+        as u32
 }
 
 pub fn new_session() {

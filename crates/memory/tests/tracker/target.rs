@@ -13,41 +13,37 @@ use std::{
 use transship_memory::{Tracker, Want};
 use transship_types::{PAGE, PageRange, Space};
 
-use crate::sys;
+use crate::{random::Life, sys};
 
 /// Longest wait for a state that comes by itself.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// What a test sees of it. Ends with the test.
 pub struct Target {
-    child: Child,
+    runner: Child,
+    pid: i32,
     commands: UnixStream,
     answers: BufReader<UnixStream>,
 }
 
 impl Target {
     pub fn start() -> Self {
-        Self::start_as("program")
-    }
-
-    fn start_as(entry: &str) -> Self {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let child = Command::new("/proc/self/exe")
-            .args(["--ignored", "--exact", "--test-threads=1", "--nocapture"])
-            .arg(format!("target::{entry}"))
+            .args(["--ignored", "--exact", "--nocapture", "target::program"])
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::null())
             .spawn()
             .unwrap();
         ours.set_read_timeout(Some(PATIENCE)).unwrap();
-        let mut target =
-            Self { child, answers: BufReader::new(ours.try_clone().unwrap()), commands: ours };
-        target.answer();
+        let answers = BufReader::new(ours.try_clone().unwrap());
+        let mut target = Self { runner: child, pid: 0, answers, commands: ours };
+        target.pid = target.answer() as i32;
         target
     }
 
     pub fn pid(&self) -> i32 {
-        self.child.id() as i32
+        self.pid
     }
 
     pub fn space(&self) -> Space {
@@ -73,10 +69,15 @@ impl Target {
 
     /// New memory of this kind, with something in each page.
     pub fn map(&mut self, kind: &str, pages: u64) -> PageRange {
+        self.try_map(kind, pages).expect("there is memory of this kind")
+    }
+
+    /// None if the kernel gives none of this kind.
+    pub fn try_map(&mut self, kind: &str, pages: u64) -> Option<PageRange> {
         let at = self.ask(&format!("map {kind} {pages}"));
-        let range = PageRange::of_pages(at, pages).unwrap();
+        let range = PageRange::of_pages(at, pages).ok().filter(|_| at != 0)?;
         self.write(range, 1);
-        range
+        Some(range)
     }
 
     pub fn write(&mut self, range: PageRange, value: u64) {
@@ -94,10 +95,18 @@ impl Target {
 
     /// Stops it and everything it started.
     pub fn halt(&self) {
-        for pid in session(self.pid()) {
-            sys::kill(pid, libc::SIGSTOP);
-        }
-        until(|| session(self.pid()).iter().all(|&pid| threads(pid).iter().all(|s| *s == b'T')));
+        let all_stopped = || {
+            let pids = session(self.pid());
+            let stopped = |&pid: &i32| threads(pid).iter().all(|state| *state == b'T');
+            let all = pids.iter().all(stopped);
+            if !all {
+                pids.iter().for_each(|&pid| sys::kill(pid, libc::SIGSTOP));
+            }
+            all
+        };
+        // The first list may lack a child that was born before its parent
+        // stopped. The second has it.
+        until(|| all_stopped() && all_stopped());
     }
 
     pub fn go_on(&self) {
@@ -112,7 +121,7 @@ impl Drop for Target {
         for pid in session(self.pid()) {
             sys::kill(pid, libc::SIGKILL);
         }
-        let _ = self.child.wait();
+        let _ = self.runner.wait();
     }
 }
 
@@ -166,7 +175,7 @@ fn stat(path: &str) -> Option<Vec<String>> {
     Some(fields.split_whitespace().map(str::to_owned).collect())
 }
 
-/// Waits until every page that somebody watches is known to nobody.
+/// How many mappings a userfaultfd watches.
 pub fn watched_mappings(pid: i32) -> usize {
     let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
     let flags = smaps.lines().filter_map(|line| line.strip_prefix("VmFlags:"));
@@ -187,21 +196,44 @@ pub fn descriptors(pid: i32) -> Vec<(String, String)> {
     descriptors
 }
 
-/// Not a test: what [`Target::start`] runs.
+/// Says that [`program`] is what came of one that was there before.
+const AGAIN: &str = "TRANSSHIP_TEST_PROGRAM";
+
+/// The seed and depth of a life that goes on in a new program.
+const LIFE: &str = "TRANSSHIP_TEST_LIFE";
+
+/// Lives on as another program, with nothing of this one's memory.
+pub fn live_again(seed: u64, depth: u32) -> std::io::Error {
+    let own = std::env::args().skip(1);
+    Command::new("/proc/self/exe").args(own).env(LIFE, format!("{seed} {depth}")).exec()
+}
+
+/// Not a test: what [`Target::start`] runs. A test has a thread of its own; the
+/// program is a child, which has no other.
 #[test]
 #[ignore = "the program that the other tests watch"]
 fn program() {
-    sys::end_with_parent();
-    sys::new_session();
+    if let Some(life) = std::env::var_os(LIFE) {
+        let (seed, depth) = life.to_str().unwrap().split_once(' ').unwrap();
+        Life::new(seed.parse().unwrap(), depth.parse().unwrap()).run();
+    }
+    if std::env::var_os(AGAIN).is_none() {
+        if let Some(child) = sys::fork().unwrap() {
+            return sys::wait(child);
+        }
+        sys::end_with_parent();
+        sys::new_session();
+    }
     let fd = std::os::fd::AsFd::as_fd(&std::io::stdin()).try_clone_to_owned().unwrap();
     let mut socket = UnixStream::from(fd);
-    writeln!(socket, "0").unwrap();
+    writeln!(socket, "{}", std::process::id()).unwrap();
+    let mut life = Life::new(0, 0);
     for line in BufReader::new(socket.try_clone().unwrap()).lines() {
         let Ok(line) = line else { break };
         let mut words = line.split(' ');
         let verb = words.next().unwrap();
         let words: Vec<&str> = words.collect();
-        match obey(verb, &words) {
+        match obey(verb, &words, &mut life) {
             Ok(answer) => writeln!(socket, "{answer}").unwrap(),
             Err(error) => writeln!(socket, "{line}: {error}").unwrap(),
         }
@@ -209,7 +241,7 @@ fn program() {
     std::process::exit(0);
 }
 
-fn obey(verb: &str, words: &[&str]) -> std::io::Result<u64> {
+fn obey(verb: &str, words: &[&str], life: &mut Life) -> std::io::Result<u64> {
     let number = |index: usize| words[index].parse::<u64>().unwrap() as usize;
     let anonymous = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
     let both = libc::PROT_READ | libc::PROT_WRITE;
@@ -219,7 +251,7 @@ fn obey(verb: &str, words: &[&str]) -> std::io::Result<u64> {
             let pages = number(1);
             answer = match words[0] {
                 "anonymous" => sys::map(pages, both, anonymous, -1)?,
-                "huge" => sys::map(pages, both, anonymous | libc::MAP_HUGETLB, -1)?,
+                "huge" => sys::map(pages, both, anonymous | libc::MAP_HUGETLB, -1).unwrap_or(0),
                 "locked" => sys::map(pages, both, anonymous | libc::MAP_LOCKED, -1)?,
                 "shared" => sys::map(pages, both, libc::MAP_SHARED | libc::MAP_ANONYMOUS, -1)?,
                 "file" => {
@@ -256,7 +288,7 @@ fn obey(verb: &str, words: &[&str]) -> std::io::Result<u64> {
         },
         "exec" => {
             let own = std::env::args().skip(1);
-            return Err(Command::new("/proc/self/exe").args(own).exec());
+            return Err(Command::new("/proc/self/exe").args(own).env(AGAIN, "1").exec());
         }
         "stack" => answer = deep(number(0) as u64),
         "threads" => {
@@ -274,17 +306,14 @@ fn obey(verb: &str, words: &[&str]) -> std::io::Result<u64> {
             thread::sleep(Duration::from_millis(number(0) as u64));
             answer = begin.elapsed().as_millis() as u64;
         }
-        "vfork" => {
-            let (mut wait, go) = UnixStream::pair()?;
-            let fd = std::os::fd::AsRawFd::as_raw_fd(&wait);
-            let after = Duration::from_millis(number(0) as u64);
-            thread::spawn(move || {
-                thread::sleep(after);
-                (&go).write_all(b"x").unwrap();
-                go
-            });
-            sys::vfork_until_read(fd)?;
-            let _ = wait.flush();
+        "vfork" => sys::vfork_until_read()?,
+        "count" => sys::count(libc::SIGRTMIN() + 1),
+        "counted" => answer = sys::counted(),
+        "live" => *life = Life::new(number(0) as u64, 0),
+        "steps" => {
+            for _ in 0..number(0) {
+                let _ = life.step();
+            }
         }
         "forbid" => sys::forbid()?,
         "uffd" => sys::own_userfaultfd(number(0), number(1))?,
@@ -295,7 +324,7 @@ fn obey(verb: &str, words: &[&str]) -> std::io::Result<u64> {
 }
 
 /// Uses up some pages of the stack.
-fn deep(pages: u64) -> u64 {
+pub fn deep(pages: u64) -> u64 {
     let page = [pages; 512];
     if pages == 0 { 0 } else { std::hint::black_box(page)[7] - pages + deep(pages - 1) }
 }
