@@ -148,7 +148,7 @@ fn observe(
     let intervals = duration.as_micros().div_ceil(interval.as_micros()).max(1);
     let mut heat = Heat::new(everything.pages());
     let began = Instant::now();
-    let mut slowest = Duration::ZERO;
+    let mut scans = Vec::new();
     for number in 1..=u32::try_from(intervals).unwrap_or(INTERVALS) {
         let until = began + interval * number;
         let wait = time::sleep_until(until.into());
@@ -162,7 +162,7 @@ fn observe(
             return Err(Error::Cancelled("a departure has begun".into()));
         }
         let written = tracker.round().map_err(failed())?;
-        slowest = slowest.max(tracker.statistics().scan);
+        scans.push(tracker.statistics().scan);
         response.written.push(written.pages());
         heat.add(&written);
     }
@@ -177,7 +177,7 @@ fn observe(
     response.dirty_pages_rate = (all as f64 / took.as_secs_f64().max(1e-3)) as u64;
     let statistics = tracker.statistics();
     response.arm_us = micros(statistics.arming);
-    response.scan_us = micros(slowest);
+    response.scan_us = micros(median(scans));
     response.stopped_us = micros(statistics.stopped_longest);
     response.fallback = statistics
         .unwatched
@@ -222,6 +222,12 @@ fn zero_pages(tracker: &Tracker, all: &Dirty) -> std::result::Result<u64, Memory
         }
     }
     Ok(if seen == 0 { 0 } else { (zero as f64 / seen as f64 * pages as f64) as u64 })
+}
+
+/// What the next one will most likely take: one of many met something else.
+fn median(mut times: Vec<Duration>) -> Duration {
+    times.sort_unstable();
+    times.get(times.len() / 2).copied().unwrap_or_default()
 }
 
 fn micros(time: Duration) -> u64 {

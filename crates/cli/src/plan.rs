@@ -186,7 +186,7 @@ fn memory_text(m: &WatchResponse) -> Vec<String> {
             print::micros(m.interval_us)
         ));
         lines.push(format!(
-            "  watching  by {}: {} to begin with, scans of up to {}, a process stood still for {} \
+            "  watching  by {}: {} to begin with, {} for a scan, a process stood still for {} \
              at most",
             m.backend,
             print::micros(m.arm_us),

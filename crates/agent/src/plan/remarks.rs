@@ -88,8 +88,8 @@ fn of_memory(m: &WatchResponse, way: Option<&Way>, say: &mut impl FnMut(&str, St
         say(
             "conntrack",
             format!(
-                "CRIU walks this node's table of {buckets} connections inside the pause, about \
-                 {takes} (nf_conntrack_buckets)"
+                "CRIU walks this node's table of connections inside the pause, which has \
+                 {buckets} places (nf_conntrack_buckets): about {takes}"
             ),
         );
     }
