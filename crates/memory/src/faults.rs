@@ -15,7 +15,10 @@ mod threads;
 use std::{
     collections::{HashMap, VecDeque},
     fs, io,
-    os::{fd::OwnedFd, unix::net::UnixListener},
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::net::UnixListener,
+    },
     path::{Path, PathBuf},
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
@@ -53,7 +56,13 @@ pub struct Options {
     /// Where pages come from that are not in the store yet. Without one, a
     /// page that is not there is an error.
     pub source: Option<Source>,
+    /// Gets to see every descriptor before anything is done with it, so that
+    /// somebody else can hold it open if this process is killed.
+    pub hold: Option<Hold>,
 }
+
+/// See [`Options::hold`].
+pub type Hold = Box<dyn Fn(BorrowedFd<'_>) + Send + Sync>;
 
 impl Options {
     pub fn new(kill: impl Fn() + Send + Sync + 'static) -> Self {
@@ -64,6 +73,7 @@ impl Options {
             fill_threads: (cores / 2).clamp(1, 4),
             fill_limit: None,
             source: None,
+            hold: None,
         }
     }
 }
@@ -149,6 +159,12 @@ impl Serving {
             (self.shared.options.kill)();
         }
         self.shared.changed.notify_all();
+    }
+
+    /// Whether nothing has failed so far. Before [`resumed`](Self::resumed) a
+    /// failure kills nobody: whoever restores must ask.
+    pub fn is_sound(&self) -> bool {
+        !self.shared.state().failed
     }
 
     /// Waits until every page is placed and every descriptor closed.
@@ -278,6 +294,9 @@ impl Shared {
     }
 
     fn add(&self, task: Task) -> io::Result<()> {
+        if let Some(hold) = &self.options.hold {
+            hold(task.uffd.as_fd());
+        }
         let task = Arc::new(task);
         lock(&self.tasks).insert(task.id, Arc::clone(&task));
         self.epoll.add(&task.uffd, EpollEvent::new(EpollFlags::EPOLLIN, task.id))?;
