@@ -99,6 +99,9 @@ pub async fn watch(
     if duration > LONGEST {
         return Err(Error::InvalidArgument(format!("watching for more than {LONGEST:?}")));
     }
+    // Waits for memory that is still being put in place here: two cannot have
+    // an eye on it. Given back at once, and nobody is kept from anything.
+    drop(container.occupy().await?);
     let report = container.state("").await?;
     if report.status != Status::Running {
         let why = format!("{} does not run: there are no writes to watch", watched.id);

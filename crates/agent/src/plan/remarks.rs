@@ -13,8 +13,6 @@ const WORTH_A_WORD: u64 = 1 << 20;
 const PER_BUCKET: Duration = Duration::from_nanos(65);
 const WALKS: u32 = 2;
 const MANY_BUCKETS: u64 = 1 << 16;
-/// Each is packed and unpacked by itself.
-const MANY_TMPFS: u32 = 8;
 const MANY_PROCESSES: u32 = 100;
 
 pub fn remarks(plan: &PlanResponse, tuning: &Tuning) -> Vec<Remark> {
@@ -73,10 +71,6 @@ fn of_memory(m: &WatchResponse, way: Option<&Way>, say: &mut impl FnMut(&str, St
     if m.tmpfs_bytes >= WORTH_A_WORD {
         let (size, takes) = (mib(m.tmpfs_bytes), takes(m.tmpfs_bytes));
         say("tmpfs", format!("{size} of files in tmpfs travel inside the pause{takes}"));
-    }
-    if m.tmpfs_mounts > MANY_TMPFS {
-        let mounts = m.tmpfs_mounts;
-        say("tmpfs", format!("CRIU packs each of {mounts} tmpfs mounts inside the pause"));
     }
     if m.huge_bytes > 0 {
         let size = mib(m.huge_bytes);
@@ -149,7 +143,6 @@ mod tests {
             fallback: "an old kernel".into(),
             shared_bytes: 128 << 20,
             tmpfs_bytes: 2 << 20,
-            tmpfs_mounts: 20,
             huge_bytes: 2 << 20,
             conntrack_buckets: 1 << 18,
             processes: 1000,
@@ -170,7 +163,6 @@ mod tests {
                 "tracking",
                 "shared-memory",
                 "tmpfs",
-                "tmpfs",
                 "huge-pages",
                 "conntrack",
                 "processes",
@@ -182,7 +174,7 @@ mod tests {
         );
         let said = remarks(&plan, &tuning);
         assert!(said[1].text.contains("128 MiB") && said[1].text.contains("about 14"), "{said:?}");
-        assert!(said[5].text.contains("about 35 ms"), "{said:?}");
-        assert!(said[8].text.contains("200 ms are expected, and 100 ms"), "{said:?}");
+        assert!(said[4].text.contains("about 35 ms"), "{said:?}");
+        assert!(said[7].text.contains("200 ms are expected, and 100 ms"), "{said:?}");
     }
 }
