@@ -124,12 +124,18 @@ pub fn archive(image: Image) -> Result<PathBuf> {
     }
     let work = tempfile::Builder::new().prefix(".build-").tempdir_in(&dir)?;
     let root = work.path().join("root");
-    fs::create_dir(&root)?;
-    fs::set_permissions(&root, fs::Permissions::from_mode(0o755))?;
-    image.fill(&root).with_context(|| format!("fill image {}", image.name()))?;
+    self::root(image, &root)?;
     let built = oci_archive(image, work.path(), &root)?;
     fs::rename(built, &archive)?;
     Ok(archive)
+}
+
+/// The root file system of an image in a folder of its own, for runtimes that
+/// are called without containerd.
+pub fn root(image: Image, root: &Path) -> Result<()> {
+    fs::create_dir(root)?;
+    fs::set_permissions(root, fs::Permissions::from_mode(0o755))?;
+    image.fill(root).with_context(|| format!("fill image {}", image.name()))
 }
 
 fn outdated(archive: &Path, source: Option<&Path>) -> Result<bool> {

@@ -16,6 +16,7 @@
 
 pub mod agents;
 pub mod api;
+pub mod bench;
 pub mod cgroups;
 pub mod daemon;
 pub mod events;

@@ -34,7 +34,7 @@ pub struct Answer {
     pub ticker: Vec<Gap>,
 }
 
-/// A time in which it did not run, of CLOCK_MONOTONIC.
+/// A time in which it did not run, of CLOCK_REALTIME.
 #[derive(Debug, Clone, Copy, Default, Deserialize)]
 pub struct Gap {
     pub start_ns: u64,

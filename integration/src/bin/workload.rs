@@ -25,8 +25,10 @@
 //! | `reset` | forgets the gaps seen so far | `ok` |
 //! | `gaps` | | `ticker`: the longest gaps, longest first; `client`: the longest between two reads of a thread |
 //!
-//! A gap is `{"start_ns", "gap_ns"}`, both of CLOCK_MONOTONIC. The ticker looks
-//! at that clock every 100 µs.
+//! A gap is `{"start_ns", "gap_ns"}`, of CLOCK_REALTIME. The ticker looks at that
+//! clock every 100 µs. No other clock will do: CRIU restores into a time
+//! namespace in which the monotonic ones go on where the dump read them, so that
+//! most of a pause never happened by them.
 #![forbid(unsafe_code)]
 
 use std::{
@@ -284,7 +286,7 @@ impl Part {
             }
             self.probe();
             let time = now();
-            self.client = self.client.max(Gap { gap_ns: time - last, start_ns: last });
+            self.client = self.client.max(Gap::between(last, time));
             last = time;
         }
     }
@@ -459,9 +461,16 @@ struct Gap {
     start_ns: u64,
 }
 
-/// `Instant` does not tell its number, which others on this host can compare.
+impl Gap {
+    /// None if somebody has set the clock back.
+    fn between(start_ns: u64, end_ns: u64) -> Self {
+        Self { gap_ns: end_ns.saturating_sub(start_ns), start_ns }
+    }
+}
+
+/// See above, why this clock.
 fn now() -> u64 {
-    let time = clock_gettime(ClockId::CLOCK_MONOTONIC);
+    let time = clock_gettime(ClockId::CLOCK_REALTIME);
     time.map_or(0, |time| time.tv_sec() as u64 * 1_000_000_000 + time.tv_nsec() as u64)
 }
 
@@ -477,7 +486,7 @@ impl Ticker {
             loop {
                 thread::sleep(TICK);
                 let time = now();
-                ours.note(Gap { gap_ns: time - last, start_ns: last });
+                ours.note(Gap::between(last, time));
                 last = time;
             }
         });
