@@ -34,6 +34,7 @@ mod error;
 #[cfg(any(test, feature = "fake"))]
 pub mod fake;
 pub mod handoff;
+mod history;
 pub mod journal;
 mod lanes;
 mod limits;
@@ -47,8 +48,11 @@ mod source;
 mod target;
 
 pub use error::{DepartError, MigrationError, chain};
+pub use history::History;
 pub use journal::Journal;
-pub use options::{Budget, Codec, Compress, LANES, MAX_LANES, Options, PostCopy, Throttle};
+pub use options::{
+    Budget, CAN_POST_COPY, Codec, Compress, LANES, MAX_LANES, Options, PostCopy, Throttle,
+};
 pub use phase::{Phase, Stopwatch};
 pub use source::{Connect, Connecting, Departure, Progress, RoundProgress, Source, depart, settle};
 pub use target::{Arrived, PageStore, Target, arrive};

@@ -26,6 +26,11 @@ pub enum Throttle {
     Never,
 }
 
+/// Whether this version can let a container run on the target while its memory
+/// is still at the source. The policy knows when; the hand-over does not know
+/// how, as long as a link that breaks then would cost the container.
+pub const CAN_POST_COPY: bool = false;
+
 /// Whether a container may run on the target before all its memory is there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum PostCopy {
@@ -43,19 +48,25 @@ pub struct Budget {
     /// What a pause costs even if not one page is left to send: a median of
     /// earlier ones. More rounds do not make it smaller.
     pub fixed: Duration,
+    /// For so long of it pages can be sent at no cost: CRIU is busy beside it.
+    pub beside: Duration,
     pub throttle: Throttle,
     pub post_copy: PostCopy,
 }
 
 /// A pause without pages on machines like those this was written on, until
-/// somebody has measured a better figure.
+/// there is a [`History`](crate::History) to tell it better.
 const FIXED: Duration = Duration::from_millis(60);
+
+/// The same for the time that CRIU takes for its images.
+const BESIDE: Duration = Duration::from_millis(15);
 
 impl Default for Budget {
     fn default() -> Self {
         Self {
             max_pause: MAX_PAUSE,
             fixed: FIXED,
+            beside: BESIDE,
             throttle: Throttle::default(),
             post_copy: PostCopy::default(),
         }

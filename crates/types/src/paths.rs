@@ -23,6 +23,11 @@ pub fn journal_dir() -> PathBuf {
     PathBuf::from(STATE_DIR).join("journal")
 }
 
+/// What the last pauses on this node cost; lost with no harm.
+pub fn pauses_file() -> PathBuf {
+    PathBuf::from(STATE_DIR).join("pauses.json")
+}
+
 /// The control socket of the shim that owns `key`.
 ///
 /// Hashed because a namespace and an id together are longer than the 108

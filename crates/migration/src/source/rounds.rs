@@ -21,6 +21,7 @@ use crate::{
     Budget, MigrationError, Options, Phase, Throttle,
     lanes::{hear, say},
     limits,
+    options::{CAN_POST_COPY, PostCopy},
     pages::{PageSender, RoundTotals},
     policy::{self, Next, RoundFigures},
     present, report,
@@ -56,7 +57,10 @@ impl Rounds {
             seconds: limits::LANE.as_secs(),
         })??;
         let report = report::Memory::new(watched.memory().backend(), lanes);
-        let budget = options.budget.clone();
+        let mut budget = options.budget.clone();
+        if !CAN_POST_COPY && budget.post_copy == PostCopy::Auto {
+            budget.post_copy = PostCopy::Never;
+        }
         Ok(Self { watched, pages, budget, figures: Vec::new(), throttle: 0, sent: 0, report })
     }
 

@@ -21,7 +21,7 @@ use crate::{
     handoff::{Answer, Ending, Frozen},
     lanes::{hear, say, send_images},
     limits,
-    options::MAX_LANES,
+    options::{CAN_POST_COPY, MAX_LANES, PostCopy},
     policy::Next,
     report,
 };
@@ -148,6 +148,9 @@ impl<'a> Run<'a> {
         source: &mut S,
         mut manifest: Manifest,
     ) -> Result<(), MigrationError> {
+        if self.options.budget.post_copy == PostCopy::Always && !CAN_POST_COPY {
+            return Err(cannot_post_copy());
+        }
         // First of all, because the target's runtime wants to know what this
         // one finds out, and because a dump that cannot start need not travel.
         source.prepare().await?;
@@ -223,10 +226,7 @@ impl<'a> Run<'a> {
                             }
                         }
                     }
-                    Next::PostCopy => {
-                        let why = "this version cannot run it before its memory is there";
-                        return Err(MigrationError::runtime("post-copy", why));
-                    }
+                    Next::PostCopy => return Err(cannot_post_copy()),
                     Next::GiveUp { reason, remedy } => {
                         return Err(MigrationError::GivenUp { reason, remedy });
                     }
@@ -395,4 +395,9 @@ impl<'a> Run<'a> {
             message => Ok(message),
         }
     }
+}
+
+fn cannot_post_copy() -> MigrationError {
+    let why = "this version cannot run a container before its memory is there";
+    MigrationError::runtime("post-copy", why)
 }
