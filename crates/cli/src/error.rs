@@ -6,6 +6,8 @@ use protobuf::Message;
 use serde_json::{Value, json};
 use transship_api::control;
 
+use crate::report;
+
 #[derive(Debug, Clone, PartialEq)]
 pub struct Failure {
     /// What was not done, as a sentence's beginning: `redis was not moved`.
@@ -16,6 +18,8 @@ pub struct Failure {
     pub outcome: String,
     /// The ending of a migration; empty otherwise.
     pub ending: String,
+    /// What there is to tell of a migration that got as far as moving memory.
+    pub report: Option<Box<control::Report>>,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -27,7 +31,8 @@ pub struct Reason {
 
 impl Failure {
     pub fn new(what: impl Into<String>, reasons: Vec<Reason>) -> Self {
-        Self { what: what.into(), reasons, outcome: String::new(), ending: String::new() }
+        let (outcome, ending) = Default::default();
+        Self { what: what.into(), reasons, outcome, ending, report: None }
     }
 
     /// An answer that was an error. The agent's refusals travel beside the
@@ -69,6 +74,9 @@ impl Failure {
                 error[name] = text.clone().into();
             }
         }
+        if let Some(report) = &self.report {
+            error["report"] = report::as_json(report);
+        }
         json!({ "error": error })
     }
 }
@@ -102,6 +110,11 @@ impl fmt::Display for Failure {
         }
         if !self.outcome.is_empty() {
             write!(f, "\n  now: {}", self.outcome)?;
+        }
+        // Without rounds there is nothing that the reasons do not say.
+        let report = self.report.iter().filter(|report| !report.memory.rounds.is_empty());
+        for line in report.flat_map(|report| report::figures(report)) {
+            write!(f, "\n{line}")?;
         }
         Ok(())
     }
@@ -137,6 +150,13 @@ mod tests {
             failure.to_string(),
             "x was not moved\n  why: r1 (c1)\n  remedy: m1\n  now: x is RUNNING on a"
         );
+        let mut report = control::Report::default();
+        failure.report = Some(Box::new(report.clone()));
+        assert!(!failure.to_string().contains("sent"), "{failure}");
+        report.memory.mut_or_insert_default().rounds.push(Default::default());
+        failure.report = Some(Box::new(report));
+        assert!(failure.to_string().contains("ROUND"), "{failure}");
+        assert!(failure.json()["error"]["report"].is_object());
     }
 
     #[test]

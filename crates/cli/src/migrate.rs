@@ -218,7 +218,13 @@ fn refused(what: &str, failed: Failed) -> Failure {
         _ => what.into(),
     };
     let reasons = failed.refusals.into_iter().map(Reason::from).collect();
-    Failure { outcome: failed.outcome, ending: failed.ending, ..Failure::new(what, reasons) }
+    let report = failed.report.into_option().map(Box::new);
+    Failure {
+        outcome: failed.outcome,
+        ending: failed.ending,
+        report,
+        ..Failure::new(what, reasons)
+    }
 }
 
 fn internal(reason: &str) -> Reason {
