@@ -38,6 +38,7 @@ pub struct Gate {
     dir: Arc<GateDir>,
     criu: PathBuf,
     isolated: bool,
+    network: Option<PathBuf>,
     sessions: mpsc::Receiver<Result<Conversation, CriuError>>,
     listening: AbortHandle,
 }
@@ -65,7 +66,7 @@ impl Gate {
         // One at a time is enough: a runtime runs one CRIU after the other.
         let (found, sessions) = mpsc::channel(1);
         let listening = tokio::spawn(listen(listener, dir.clone(), found)).abort_handle();
-        Ok(Gate { dir, criu, isolated: false, sessions, listening })
+        Ok(Gate { dir, criu, isolated: false, network: None, sessions, listening })
     }
 
     /// CRIU gets a mount namespace of its own, into which the host's mounts
@@ -74,6 +75,20 @@ impl Gate {
     /// a foreign namespace and its mounts would fail (EINVAL).
     pub fn isolate(mut self) -> Self {
         self.isolated = true;
+        self
+    }
+
+    /// CRIU runs in this network namespace: for a dump the container's own,
+    /// for a restore the one the container is to be in, with its loopback
+    /// interface up already. CRIU then neither saves nor makes nor locks a
+    /// namespace. Nothing but that is saved by it: the OCI runtimes have CRIU
+    /// leave out what is in the namespace anyway. Sockets are kept as before.
+    ///
+    /// CRIU does not send `network-lock` for such a dump: the first
+    /// notification with every task stopped is `query-ext-files`. For a
+    /// restore the namespace must belong to the container's user namespace.
+    pub fn network(mut self, namespace: impl Into<PathBuf>) -> Self {
+        self.network = Some(namespace.into());
         self
     }
 
@@ -96,6 +111,9 @@ impl Gate {
         ];
         if self.isolated {
             environment.push((stub::ISOLATE.into(), "1".into()));
+        }
+        if let Some(network) = &self.network {
+            environment.push((stub::NETWORK.into(), network.clone().into_os_string()));
         }
         environment
     }

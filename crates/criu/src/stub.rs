@@ -26,6 +26,8 @@ pub(crate) const GATE: &str = "TRANSSHIP_GATE";
 pub(crate) const CRIU: &str = "TRANSSHIP_CRIU";
 /// Set: CRIU gets its own mount namespace.
 pub(crate) const ISOLATE: &str = "TRANSSHIP_ISOLATE";
+/// The network namespace that CRIU is to be in.
+pub(crate) const NETWORK: &str = "TRANSSHIP_NETWORK";
 /// Beside the gate's socket: a directory with programs that CRIU finds first.
 pub(crate) const PROGRAMS: &str = "bin";
 /// Beside the gate's socket: what CRIU and the stub say on stderr.
@@ -64,6 +66,12 @@ fn run(gate: Option<&Path>, arguments: &[OsString]) -> io::Error {
         && let Err(error) = hand_over(gate, number)
     {
         return error;
+    }
+    if let Some(namespace) = env::var_os(NETWORK)
+        && let Err(error) = sys::join_network_namespace(Path::new(&namespace))
+    {
+        let shown = Path::new(&namespace).display();
+        return io::Error::new(error.kind(), format!("entering the network {shown}: {error}"));
     }
     if env::var_os(ISOLATE).is_some()
         && let Err(error) = sys::own_mount_namespace()
@@ -115,7 +123,9 @@ fn open_stderr(gate: &Path) -> io::Result<File> {
 /// CRIU and what it starts see the world as without us, but for the programs
 /// that we do better.
 fn forget_the_gate(command: &mut Command, gate: Option<&Path>) {
-    command.env_remove(GATE).env_remove(CRIU).env_remove(ISOLATE);
+    for ours in [GATE, CRIU, ISOLATE, NETWORK] {
+        command.env_remove(ours);
+    }
     let dir = gate.and_then(Path::parent);
     let kept = env::var_os("PATH").and_then(|path| {
         let ours = dir.map(|dir| dir.join(PROGRAMS));

@@ -23,7 +23,10 @@ use crate::packet::Packet;
 
 mod hide;
 mod scan;
-pub use hide::{EmptyProcess, bind_mount, join_mount_namespace, own_mount_namespace, unmount};
+pub use hide::{
+    EmptyProcess, bind_mount, join_mount_namespace, join_network_namespace, own_mount_namespace,
+    unmount,
+};
 pub use scan::scan_guards;
 
 /// The kernel's SCM_MAX_FD: with room for that many none is ever cut off.

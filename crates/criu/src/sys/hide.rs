@@ -1,6 +1,6 @@
-//! A process without memory, and a thread in another mount namespace.
+//! A process without memory, and threads in other namespaces.
 
-use std::{fs, io, os::fd::OwnedFd};
+use std::{fs, io, os::fd::OwnedFd, path::Path};
 
 use nix::{
     libc,
@@ -131,6 +131,11 @@ pub fn own_mount_namespace() -> io::Result<()> {
     unshare(CloneFlags::CLONE_NEWNS)?;
     let nothing = None::<&str>;
     mount(nothing, "/", nothing, MsFlags::MS_SLAVE | MsFlags::MS_REC, nothing)?;
+    Ok(())
+}
+
+pub fn join_network_namespace(path: &Path) -> io::Result<()> {
+    setns(OwnedFd::from(fs::File::open(path)?), CloneFlags::CLONE_NEWNET)?;
     Ok(())
 }
 
