@@ -117,7 +117,7 @@ impl FaultServer {
             let weak = Arc::downgrade(&shared);
             shared.store.watch(Some(Arc::new(move |_, _| {
                 if let Some(shared) = weak.upgrade() {
-                    shared.changed.notify_all();
+                    shared.arrived();
                 }
             })));
         }
@@ -234,6 +234,8 @@ struct Shared {
     epoll: Epoll,
     /// Readable once all threads shall end.
     ending: EventFd,
+    /// Readable once a page came for which someone may wait.
+    arrival: EventFd,
     tasks: Mutex<HashMap<u64, Arc<Task>>>,
     next_id: AtomicU64,
     state: Mutex<State>,
@@ -266,21 +268,25 @@ struct Parked {
     asked: bool,
 }
 
-/// The id of `ending`; tasks count from 1.
+/// The ids of `ending` and `arrival`; tasks count from there.
 const ENDING: u64 = 0;
+const ARRIVAL: u64 = 1;
 
 impl Shared {
     fn new(store: Arc<Store>, options: Options) -> io::Result<Self> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        let ending = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        let (ending, arrival) = (EventFd::from_flags(flags)?, EventFd::from_flags(flags)?);
         epoll.add(&ending, EpollEvent::new(EpollFlags::EPOLLIN, ENDING))?;
+        epoll.add(&arrival, EpollEvent::new(EpollFlags::EPOLLIN, ARRIVAL))?;
         Ok(Self {
             store,
             options,
             epoll,
             ending,
+            arrival,
             tasks: Mutex::default(),
-            next_id: AtomicU64::new(ENDING + 1),
+            next_id: AtomicU64::new(ARRIVAL + 1),
             state: Mutex::default(),
             changed: Condvar::new(),
             busy: AtomicUsize::new(0),
@@ -345,6 +351,14 @@ impl Shared {
         if resumed {
             lock(&self.tasks).clear();
         }
+    }
+
+    fn arrived(&self) {
+        if !lock(&self.parked).is_empty() {
+            // As in `stop`.
+            let _ = self.arrival.write(1);
+        }
+        self.changed.notify_all();
     }
 
     fn stop(&self) {

@@ -12,7 +12,7 @@ use nix::{
 use transship_types::{PAGE, PageRange};
 
 use super::{
-    ENDING, Parked, Shared, lock,
+    ARRIVAL, ENDING, Parked, Shared, lock,
     task::{Placing, Task},
 };
 use crate::MemoryError;
@@ -68,6 +68,10 @@ fn answer_all(shared: &Shared) -> Result<(), MemoryError> {
             for event in &ready[..count] {
                 if event.data() == ENDING {
                     return Ok(false);
+                }
+                if event.data() == ARRIVAL {
+                    // Another thread may have been faster: nothing to read.
+                    let _ = shared.arrival.read();
                 }
                 let task = lock(&shared.tasks).get(&event.data()).cloned();
                 if let Some(task) = task {

@@ -12,7 +12,7 @@ use std::{
         atomic::{AtomicU64, Ordering::SeqCst},
         mpsc,
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tempfile::TempDir;
@@ -246,6 +246,45 @@ fn a_server_that_is_dropped_kills_the_tree() {
     killed.recv_timeout(Duration::from_secs(20)).unwrap();
     task.kill();
     assert!(!task.is_alive());
+}
+
+#[test]
+fn memory_goes_back_while_pages_are_placed() {
+    let mut world = World::new();
+    let mut task = world.task(1, 8192);
+    let before = world.store.bytes();
+    let options = FaultOptions { fill_limit: Some(32 << 20), ..never() };
+    let serving = world.serve(options, &mut [&mut task]);
+    let mut seen = Vec::new();
+    while task.watched() > 0 {
+        seen.push(world.store.bytes());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert!(seen.iter().any(|bytes| (1..before / 2).contains(bytes)), "{seen:?} of {before}");
+    serving.wait().unwrap();
+}
+
+/// Not a promise, only what this machine does.
+#[test]
+#[ignore = "a measurement"]
+fn how_fast() {
+    const COUNT: u64 = 128 << 10;
+    let mut world = World::new();
+    let start = Instant::now();
+    let mut task = world.task(1, COUNT);
+    println!("put: {:.2} GB/s, with making the pages", rate(COUNT, start.elapsed()));
+    let served = world.serve(never(), &mut [&mut task]).wait().unwrap();
+    println!("fill: {:.2} GB/s, {served:?}", rate(served.pages, served.duration));
+    let mut world = World::new();
+    let mut task = world.task(1, COUNT);
+    let options = FaultOptions { fill_limit: Some(64 << 20), ..never() };
+    let serving = world.serve(options, &mut [&mut task]);
+    assert_eq!(task.bad("threads", BASE, COUNT, BASE), 0);
+    println!("six threads everywhere: {:?}", serving.wait().unwrap());
+}
+
+fn rate(pages: u64, time: Duration) -> f64 {
+    (pages * PAGE) as f64 / time.as_secs_f64() / 1e9
 }
 
 /// Post-copy: pages come when they are asked for, and the rest later.
