@@ -20,7 +20,7 @@ pub(crate) struct Mapping {
 pub(crate) enum Kind {
     /// What a program mapped: anonymous memory, files, stacks.
     Ordinary,
-    /// The kernel's own code and data, the same in every process.
+    /// The kernel's own code and data (vdso, vvar, uprobes).
     Kernel,
 }
 
@@ -76,7 +76,8 @@ fn line(line: &[u8]) -> Option<(Mapping, &[u8])> {
     let name = fields.next().map_or(&b""[..], |name| name.trim_ascii_start());
     let (start, end) = range.split_once('-')?;
     let address = |text| u64::from_str_radix(text, 16).ok();
-    let kernel = name == b"[vdso]" || name.starts_with(b"[vvar") || name == b"[vsyscall]";
+    let programs = [&b"[heap]"[..], b"[stack", b"[anon"];
+    let kernel = name.starts_with(b"[") && !programs.iter().any(|own| name.starts_with(own));
     let mapping = Mapping {
         range: PageRange::new(address(start)?, address(end)?).ok()?,
         writable: permissions.get(1) == Some(&b'w'),

@@ -30,7 +30,17 @@ const ENTRIES: usize = 1 << 16;
 /// How pages are told apart, the ioctl's way.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Categories {
-    /// What a page of a process's own is not.
+    /// What a page of a process's own is not, be the mapping a file's or not.
+    foreign: u64,
+}
+
+/// The categories, as they are asked for in one kind of mapping.
+///
+/// In anonymous memory no page is a file's, and not to ask saves nine tenths
+/// of the time: the kernel would have to look at each page itself rather than
+/// at the page tables alone.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Own {
     foreign: u64,
 }
 
@@ -39,9 +49,9 @@ impl Categories {
     pub fn known() -> Result<Self, String> {
         let own = File::open("/proc/self/pagemap").map_err(|error| error.to_string())?;
         let mut outcome = Err("never asked".to_owned());
-        for foreign in [ZERO | FILE | GUARD, ZERO | FILE] {
+        for foreign in [ZERO | GUARD, ZERO] {
             let categories = Self { foreign };
-            let filter = categories.own(0);
+            let filter = categories.within(true).own(0);
             match pagemap::scan(own.as_fd(), (0, PAGE), &filter, &mut [Region::default()]) {
                 Ok(_) => return Ok(categories),
                 Err(error) => outcome = Err(format!("the kernel has no PAGEMAP_SCAN ({error})")),
@@ -50,6 +60,12 @@ impl Categories {
         outcome
     }
 
+    pub fn within(self, file: bool) -> Own {
+        Own { foreign: if file { self.foreign | FILE } else { self.foreign } }
+    }
+}
+
+impl Own {
     /// The pages of a process's own.
     fn own(self, tell: u64) -> pagemap::Filter {
         pagemap::Filter {
@@ -96,14 +112,8 @@ pub(super) fn changed(region: &Region) -> bool {
 /// kernel keeps a marker in its place that looks like a page in swap, and an
 /// unwritten one. What it reads as is the file's contents. Pages that really
 /// are swapped out look the same.
-pub(super) fn reverted(region: &Region, maps: &[Mapping]) -> bool {
-    region.categories & SWAPPED != 0 && {
-        let first = maps.partition_point(|mapping| mapping.range.end() <= region.start);
-        maps[first..]
-            .iter()
-            .take_while(|mapping| mapping.range.start() < region.end)
-            .any(|mapping| mapping.file)
-    }
+pub(super) fn reverted(region: &Region) -> bool {
+    region.categories & SWAPPED != 0
 }
 
 /// The page tables of one address space: that which the process had when this
@@ -177,10 +187,10 @@ impl Collector {
     }
 }
 
-/// The mappings that move, as few ranges as possible: holes between them cost
-/// nothing to look through, calls do.
-pub(super) fn spans(maps: &[Mapping]) -> Vec<PageRange> {
-    let mut spans: Vec<PageRange> = Vec::new();
+/// The mappings that move, as few ranges as possible, and whether they are of
+/// files: holes between them cost nothing to look through, calls do.
+pub(super) fn spans(maps: &[Mapping]) -> Vec<(PageRange, bool)> {
+    let mut spans: Vec<(PageRange, bool)> = Vec::new();
     let mut joins = false;
     for mapping in maps {
         if !mapping.moves() {
@@ -189,11 +199,11 @@ pub(super) fn spans(maps: &[Mapping]) -> Vec<PageRange> {
         }
         let joined = spans
             .last()
-            .filter(|_| joins)
-            .and_then(|last| PageRange::new(last.start(), mapping.range.end()).ok());
+            .filter(|(_, file)| joins && *file == mapping.file)
+            .and_then(|(last, _)| PageRange::new(last.start(), mapping.range.end()).ok());
         match (joined, spans.last_mut()) {
-            (Some(joined), Some(last)) => *last = joined,
-            _ => spans.push(mapping.range),
+            (Some(joined), Some((last, _))) => *last = joined,
+            _ => spans.push((mapping.range, mapping.file)),
         }
         joins = true;
     }
@@ -309,8 +319,9 @@ impl Table {
             Self::Scanned(categories) => {
                 let Some(mut pagemap) = Pagemap::open(pid)? else { return Ok(PageSet::new()) };
                 let mut present = Collector::default();
-                for span in spans(&maps) {
-                    pagemap.scan(span, &categories.all(), |r| present.add(r.start, r.end))?;
+                for (span, file) in spans(&maps) {
+                    let all = categories.within(file).all();
+                    pagemap.scan(span, &all, |r| present.add(r.start, r.end))?;
                 }
                 Ok(present.finish())
             }

@@ -60,10 +60,9 @@ impl WriteProtect {
         let mut watched = 0;
         let mut unwatched = Vec::new();
         for mapping in maps.iter().filter(|mapping| mapping.moves()) {
+            let filter = self.categories.within(mapping.file).rearm();
             let ours = self.foreign.within(mapping.range).next().is_none()
-                && pagemap
-                    .scan(mapping.range, &self.categories.rearm(), |r| dirty.add(r.start, r.end))
-                    .is_ok();
+                && pagemap.scan(mapping.range, &filter, |r| dirty.add(r.start, r.end)).is_ok();
             if ours {
                 watched += 1;
             } else {
@@ -104,21 +103,22 @@ impl WriteProtect {
         dirty: &mut Collector,
     ) -> io::Result<()> {
         let range = mapping.range;
+        let own = self.categories.within(mapping.file);
         if !mapping.writable {
             // A program's code: nothing changed in it, and to watch it would
             // make its page faults slower.
-            let mut own = false;
-            pagemap.scan(range, &self.categories.all(), |_| own = true)?;
-            if !own {
+            let mut any = false;
+            pagemap.scan(range, &own.all(), |_| any = true)?;
+            if !any {
                 return Ok(());
             }
         }
         if self.register(range)
-            && pagemap.scan(range, &self.categories.arm(), |r| dirty.add(r.start, r.end)).is_ok()
+            && pagemap.scan(range, &own.arm(), |r| dirty.add(r.start, r.end)).is_ok()
         {
             return Ok(());
         }
-        pagemap.scan(range, &self.categories.all(), |r| dirty.add(r.start, r.end))
+        pagemap.scan(range, &own.all(), |r| dirty.add(r.start, r.end))
     }
 
     fn register(&mut self, range: PageRange) -> bool {
@@ -165,10 +165,11 @@ impl Watch for WriteProtect {
         let maps = maps::of(process.pid)?;
         let Some(mut pagemap) = Pagemap::open(process.pid)? else { return Ok(Pages::default()) };
         let (mut dirty, mut present) = (Collector::default(), Collector::default());
-        for span in spans(&maps) {
-            pagemap.scan(span, &self.categories.look(), |region| {
+        for (span, file) in spans(&maps) {
+            let filter = self.categories.within(file).look();
+            pagemap.scan(span, &filter, |region| {
                 present.add(region.start, region.end);
-                if self.uffd.is_none() || changed(region) || reverted(region, &maps) {
+                if self.uffd.is_none() || changed(region) || (file && reverted(region)) {
                     dirty.add(region.start, region.end);
                 }
             })?;
