@@ -11,7 +11,8 @@ mod remarks;
 use std::time::Duration;
 
 use transship_api::control::{PlanRequest, PlanResponse};
-use transship_types::{Code, MigrationId, Refusal};
+use transship_migration::History;
+use transship_types::{Code, MigrationId, Refusal, paths::PAUSES};
 
 use crate::{
     failure::{Failure, Step, to_control},
@@ -68,7 +69,9 @@ pub async fn plan(node: &Node, request: &PlanRequest) -> Step<PlanResponse> {
         let way = Way::new(link, tuning.bandwidth);
         let behaviour = Behaviour::new(memory);
         let before = response.rootfs_bytes.saturating_add(response.content_bytes);
-        let prediction = predict::predict(&behaviour, &way, &tuning::budget(&tuning), before);
+        let mut budget = tuning::budget(&tuning);
+        History::at(node.places.state.join(PAUSES)).inform(&mut budget);
+        let prediction = predict::predict(&behaviour, &way, &budget, before);
         response.prediction = Some(prediction).into();
     }
     response.remarks = remarks::remarks(&response, &tuning);

@@ -11,6 +11,8 @@ use crate::ContainerKey;
 pub const RUNTIME_DIR: &str = "/run/transship";
 /// Journals; created 0700.
 pub const STATE_DIR: &str = "/var/lib/transship";
+/// The file of [`pauses_file`] in it.
+pub const PAUSES: &str = "pauses.json";
 /// The agent's control socket (0600).
 pub const AGENT_SOCKET: &str = "/run/transship/agent.sock";
 /// Where a shim that waits for an arrival asks the agent for its connection.
@@ -25,7 +27,7 @@ pub fn journal_dir() -> PathBuf {
 
 /// What the last pauses on this node cost; lost with no harm.
 pub fn pauses_file() -> PathBuf {
-    PathBuf::from(STATE_DIR).join("pauses.json")
+    PathBuf::from(STATE_DIR).join(PAUSES)
 }
 
 /// The control socket of the shim that owns `key`.
