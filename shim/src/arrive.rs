@@ -6,19 +6,23 @@
 //! early and held at the gate, twice: before CRIU gets its request, and before
 //! the first instruction runs.
 
+mod inbound;
+
 use std::{fs, path::PathBuf, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
+use futures::future::BoxFuture;
 use tokio_util::sync::CancellationToken;
 use transship_criu::{Remembered, images::MemoryDir};
 use transship_link::arrivals;
 use transship_migration::{
-    Journal, Manifest, MigrationError, Target,
+    Connecting, Journal, Manifest, MigrationError, PageStore, Target,
     journal::{Role, Subject},
-    report::Restored,
+    report::{Fill, Restored},
 };
 use transship_types::{Epoch, NodeName, PageSet, Space, Ticket, paths};
 
+use self::inbound::Inbound;
 use crate::{
     container::Revival,
     error::{Error, Result},
@@ -31,6 +35,9 @@ use crate::{
 /// How long a created container waits for its source. The agents are done
 /// with everything else by then; only a source that died makes it this long.
 const WAIT: Duration = Duration::from_secs(120);
+
+/// The source connects its lanes as soon as it is told that we wait.
+const LANE: Duration = Duration::from_secs(30);
 
 /// Answers the pid of the first process, a child of ours by then.
 ///
@@ -58,25 +65,30 @@ pub async fn arrive(
     };
     let images = MemoryDir::create(None)
         .map_err(Error::other(failed("there is no memory for CRIU's images")))?;
+    let images = Arc::new(images);
+    let inbound = Inbound::new().map_err(Error::other(failed("there is no memory for it")))?;
     let failed = format!("container {id} did not arrive from {peer}");
-    let mut landing = Landing { revival, images, peer, ticket, remembered: None, held: None };
+    let mut landing =
+        Landing { revival, images, peer, ticket, remembered: None, held: None, inbound };
     let arrived = transship_migration::arrive(channel, &mut landing, ticket, cancel).await;
     let arrived = arrived.map_err(|error| match error {
         MigrationError::Cancelled => Error::killed_unborn(&id),
         error => Error::other(failed)(error),
     })?;
     let pid = i32::try_from(arrived.pid).map_err(Error::other("a pid that is none"))?;
-    let filling = Some(Filling { stop: Arc::new(|| {}), rest: arrived.rest });
-    Ok(Arrived { pid, filling })
+    let filling = Filling { stop: landing.inbound.stop(), rest: arrived.rest };
+    Ok(Arrived { pid, filling: Some(filling) })
 }
 
 struct Landing<'a> {
     revival: &'a mut Revival,
-    images: MemoryDir,
+    images: Arc<MemoryDir>,
     peer: NodeName,
     ticket: &'a Ticket,
     remembered: Option<Remembered>,
     held: Option<Held>,
+    /// Pages come on lanes of their own.
+    inbound: Inbound,
 }
 
 impl Landing<'_> {
@@ -107,6 +119,9 @@ impl Target for Landing<'_> {
         fs::write(path, &manifest.descriptors).map_err(image(DESCRIPTORS))?;
         let work = self.revival.context.criu_work();
         fs::create_dir_all(&work).map_err(image("work directory"))?;
+        if manifest.lanes > 0 {
+            self.inbound.prepare(&work, manifest.memory_bytes)?;
+        }
         let images = self.images.path();
         let started = |error: Error| MigrationError::runtime("restore", error.sentence());
         let mut command = self.revival.command(&images, &work).map_err(started)?;
@@ -118,36 +133,66 @@ impl Target for Landing<'_> {
         self.held.insert(held).lock_network_quickly().await
     }
 
+    fn store(&self) -> Option<Arc<dyn PageStore>> {
+        Some(self.inbound.store())
+    }
+
+    async fn next_lane(&mut self) -> std::result::Result<Connecting, MigrationError> {
+        let arrival = arrivals::wait(self.ticket, LANE).await?;
+        Ok(Box::pin(arrival.accept()))
+    }
+
     async fn restore(
         &mut self,
-        _present: Vec<(Space, PageSet)>,
+        present: Vec<(Space, PageSet)>,
     ) -> std::result::Result<Restored, MigrationError> {
         let remembered = self.remembered.take();
         let spec = self.revival.context.spec();
         let spec = spec.map_err(|error| MigrationError::runtime("restore", error.sentence()))?;
         let fresh_network = netns::is_made_by_runtime(&spec);
-        let held = self.held()?;
-        if let Some(remembered) = remembered {
-            held.conversation()?.amend(|request| remembered.apply(request));
+        let mut restored = Restored::default();
+        if !present.is_empty() {
+            (restored.lazy, restored.criu_pages) =
+                self.inbound.serve(self.images.clone(), present).await?;
         }
+        let held = self.held()?;
+        held.conversation()?.amend(|request| {
+            if let Some(remembered) = remembered {
+                remembered.apply(request);
+            }
+            if restored.lazy {
+                request.lazy_pages(true);
+            }
+        });
         held.bring_for_migration(fresh_network).await?;
-        Ok(Restored::default())
+        if let Some(pid) = self.held()?.restored() {
+            self.inbound.restored(pid)?;
+        }
+        Ok(restored)
     }
 
     async fn resume(&mut self) -> std::result::Result<u32, MigrationError> {
         // Kept until all is well: whatever fails here, `discard` must find the
         // processes, which an OCI runtime that failed may not know.
+        self.inbound.is_sound()?;
         self.held()?.finish("restore").await?;
         self.held = None;
+        self.inbound.resumed();
         let pid = self.revival.pid();
         let pid = pid.map_err(|error| MigrationError::runtime("resume", error.sentence()))?;
         u32::try_from(pid).map_err(|_| MigrationError::runtime("resume", "a pid that is none"))
+    }
+
+    fn filled(&mut self) -> Option<BoxFuture<'static, Option<Fill>>> {
+        self.inbound.filled()
     }
 
     async fn discard(&mut self) -> std::result::Result<(), MigrationError> {
         if let Some(held) = self.held.take() {
             held.abandon().await?;
         }
+        // Only now that nobody is there any more.
+        self.inbound.stop()();
         let context = &self.revival.context;
         let deleted = context.oci.delete(context.id(), true).await;
         deleted.map_err(|error| MigrationError::runtime("discard", error.sentence()))

@@ -8,6 +8,8 @@
 mod metrics_v1;
 mod metrics_v2;
 pub mod oom;
+#[cfg(test)]
+pub mod scratch;
 pub mod throttle;
 
 use std::{
@@ -24,6 +26,7 @@ use nix::{
     sys::signal::{self, Signal},
     unistd::Pid,
 };
+use serde::{Deserialize, Serialize};
 
 use crate::{
     error::{Error, Result},
@@ -37,7 +40,7 @@ const FREEZE_POLL: Duration = Duration::from_millis(1);
 const KILL_POLL: Duration = Duration::from_millis(5);
 
 /// Where a container's groups lie.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Cgroup {
     /// Legacy and hybrid hosts: a directory per controller.
     V1(BTreeMap<String, PathBuf>),
@@ -128,6 +131,22 @@ impl Cgroup {
         let path = self.required("memory")?.join(file);
         libcgroups::stats::parse_single_value(&path)
             .map_err(Error::other(format!("read {}", path.display())))
+    }
+
+    /// Bytes of its processes' own memory and of what they share: what is
+    /// charged to the group without the page cache.
+    pub fn process_bytes(&self) -> Result<u64> {
+        let path = self.required("memory")?.join("memory.stat");
+        let text = read(&path)?;
+        let numbers = flat(&text);
+        let (names, swap) = match self {
+            // `shmem` is part of what v1 counts as cache.
+            Cgroup::V1(_) => (["total_rss", "total_shmem", "total_swap"].as_slice(), 0),
+            Cgroup::V2(directory) => {
+                (["anon", "shmem"].as_slice(), number(Some(directory), "memory.swap.current"))
+            }
+        };
+        Ok(names.iter().filter_map(|name| numbers.get(name)).sum::<u64>() + swap)
     }
 
     /// Stops every process of the group; returns once all stand still.
@@ -331,7 +350,7 @@ fn text(directory: Option<&Path>, file: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{scratch::Scratch, *};
 
     const V1_MOUNTS: &str = "\
 30 20 0:26 / /sys/fs/cgroup rw - tmpfs tmpfs rw,mode=755
@@ -370,35 +389,18 @@ mod tests {
         assert_eq!(Cgroup::find("0::/../other\n", mounts), None);
     }
 
-    /// On the hierarchy of this host.
     #[test]
     fn a_frozen_group_can_be_killed() {
-        let own = Cgroup::of_process(std::process::id() as i32).unwrap();
-        let name = format!("transship-kill-{}", std::process::id());
-        let mut child = std::process::Command::new("sleep").arg("600").spawn().unwrap();
-        let join = |directory: &Path| {
-            let group = directory.join(&name);
-            fs::create_dir(&group).unwrap();
-            fs::write(group.join("cgroup.procs"), child.id().to_string()).unwrap();
-            group
+        let Some(mut group) = Scratch::create("kill", &["freezer", "pids"], "sleep 600") else {
+            return;
         };
-        let group = match &own {
-            Cgroup::V1(all) => Cgroup::V1(BTreeMap::from([
-                ("freezer".to_owned(), join(&all["freezer"])),
-                ("pids".to_owned(), join(&all["pids"])),
-            ])),
-            Cgroup::V2(one) => Cgroup::V2(join(one)),
-        };
-        group.freeze().unwrap();
-        let killed = group.kill(Duration::from_secs(10));
-        let status = child.wait().unwrap();
-        match &group {
-            Cgroup::V1(all) => all.values().for_each(|one| fs::remove_dir(one).unwrap()),
-            Cgroup::V2(one) => fs::remove_dir(one).unwrap(),
-        }
+        group.cgroup.freeze().unwrap();
+        let killed = group.cgroup.kill(Duration::from_secs(10));
+        assert_eq!(group.child.wait().unwrap().to_string(), "signal: 9 (SIGKILL)");
         killed.unwrap();
-        assert_eq!(status.to_string(), "signal: 9 (SIGKILL)");
-        assert!(group.kill(Duration::ZERO).is_ok(), "a group that is gone has nobody");
+        let gone = group.cgroup.clone();
+        drop(group);
+        assert!(gone.kill(Duration::ZERO).is_ok(), "a group that is gone has nobody");
     }
 
     #[test]

@@ -21,16 +21,18 @@ use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, info_span};
 use transship_api::{
     control::{
-        AbandonRequest, AbandonResponse, DepartEvent, DepartRequest, Departure, InspectRequest,
-        InspectResponse, PhaseTime, SettleRequest, SettleResponse, WatchRequest, WatchResponse,
+        AbandonRequest, AbandonResponse, AdjustRequest, AdjustResponse, DepartEvent, DepartRequest,
+        Departure, InspectRequest, InspectResponse, PhaseTime, SettleRequest, SettleResponse,
+        WatchRequest, WatchResponse,
     },
     control_ttrpc::{Shim, create_shim},
 };
 use transship_link::{Credentials, Trust, connect_ticket};
 use transship_migration::{
-    Connect, Journal, Manifest, Options, chain, depart,
+    Connect, History, Journal, Manifest, Options, chain, depart,
     handoff::Ending,
     journal::{Role, Subject},
+    pages::RateLimit,
     settle,
 };
 use transship_types::{Epoch, MigrationId, NodeName, Ticket, paths};
@@ -66,6 +68,7 @@ struct Control {
 struct Under {
     migration: MigrationId,
     cancel: CancellationToken,
+    limit: Arc<RateLimit>,
     /// None until it has ended.
     ending: watch::Receiver<Option<Ending>>,
     /// In doubt: where proof is awaited.
@@ -135,6 +138,7 @@ impl Shim for Control {
         let under = Under {
             migration: order.migration.clone(),
             cancel: cancel.clone(),
+            limit: order.options.limit.clone(),
             ending,
             proof: None,
         };
@@ -210,6 +214,16 @@ impl Shim for Control {
             None => "its ending was not seen".into(),
         };
         Ok(response)
+    }
+
+    async fn adjust(
+        &self,
+        _: &TtrpcContext,
+        request: AdjustRequest,
+    ) -> ttrpc::Result<AdjustResponse> {
+        let departures = self.departures();
+        find(&departures, &request.id, &request.migration)?.limit.set(request.bandwidth);
+        Ok(AdjustResponse::new())
     }
 
     async fn settle(
@@ -344,7 +358,9 @@ async fn attempt(
         Ok(journal) => journal,
         Err(error) => return stayed(chain(&error)),
     };
-    let options = order.options;
+    let mut options = order.options;
+    let history = History::at(paths::pauses_file());
+    history.inform(&mut options.budget);
     let manifest = Manifest {
         migration: order.migration.to_string(),
         ticket: order.ticket.to_string(),
@@ -362,6 +378,7 @@ async fn attempt(
         let _ = events.try_send(event);
     };
     let done = depart(channel, leaving, manifest, journal, &options, cancel, &progress).await;
+    history.add(&done);
     let mut departure = Departure::new();
     departure.ending = done.ending.as_str().into();
     departure.error = done.error.as_ref().map(|error| chain(error)).unwrap_or_default();
@@ -380,7 +397,12 @@ async fn attempt(
             entry
         })
         .collect();
-    departure.memory = done.memory.as_ref().map(tuning::memory_report).into();
+    departure.memory = match (&done.memory, leaving.fallback()) {
+        (Some(memory), _) => Some(tuning::memory_report(memory)),
+        (None, Some(why)) => Some(tuning::ordinary_report(why)),
+        (None, None) => None,
+    }
+    .into();
     (departure, done.ending, done.doubt)
 }
 

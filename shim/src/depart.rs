@@ -1,13 +1,17 @@
 //! The departing end of a migration: a running container leaves this node.
 
-use std::{fs, path::PathBuf, time::Duration};
+mod outbound;
+
+use std::{fs, path::PathBuf, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use tracing::{info, warn};
 use transship_criu::{Remembered, images::MemoryDir};
+use transship_memory::Memory;
 use transship_migration::{Connect, Manifest, MigrationError, Source};
 use transship_rootfs::Layer;
 
+use self::outbound::Outbound;
 use crate::{
     cgroup::{Cgroup, throttle::Throttle},
     container::{Context, Occupation},
@@ -27,10 +31,13 @@ type Result<T> = std::result::Result<T, MigrationError>;
 pub struct Leaving {
     occupation: Occupation,
     layer: Layer,
-    images: MemoryDir,
+    images: Arc<MemoryDir>,
     held: Option<Held>,
     connect: Option<Connect>,
     throttle: Option<Throttle>,
+    outbound: Option<Outbound>,
+    /// Why there is no `outbound`.
+    fallback: Option<String>,
     /// CRIU has been told to go on: tasks may stand still.
     released: bool,
     guarded: bool,
@@ -42,6 +49,7 @@ impl Leaving {
         let layer = layer(context)?;
         let images = MemoryDir::create(None)
             .map_err(Error::other("make a place for CRIU's images".to_owned()))?;
+        let images = Arc::new(images);
         // Without one the container can go; only not slowed down.
         let throttle = occupation.cgroup().and_then(Throttle::new).inspect_err(|error| {
             info!(error = error.sentence(), "the container cannot be slowed down");
@@ -53,6 +61,8 @@ impl Leaving {
             held: None,
             connect: None,
             throttle: throttle.ok(),
+            outbound: None,
+            fallback: None,
             released: false,
             guarded: false,
         })
@@ -63,9 +73,39 @@ impl Leaving {
         self.connect = Some(connect);
     }
 
+    /// Why its memory travels in CRIU's images, if that was found out here.
+    pub fn fallback(&self) -> Option<&str> {
+        self.fallback.as_deref()
+    }
+
     fn held(&mut self) -> Result<&mut Held> {
         let missing = || MigrationError::runtime("dump", "it was not prepared");
         self.held.as_mut().ok_or_else(missing)
+    }
+
+    /// What was begun is undone, and the container runs.
+    async fn let_go(&mut self) -> Result<()> {
+        if let Some(throttle) = &mut self.throttle
+            && let Err(error) = throttle.restore()
+        {
+            warn!(error = error.sentence(), "the container stays slowed down");
+        }
+        let undone = match self.held.take() {
+            Some(held) => held.abandon().await,
+            None => Ok(()),
+        };
+        if std::mem::take(&mut self.guarded) {
+            let cgroup = self.occupation.cgroup().map_err(step("thaw"))?;
+            blocking(cgroup, Cgroup::thaw).await.map_err(step("thaw"))?;
+        }
+        if std::mem::take(&mut self.released) {
+            // One that was killed could not do it itself.
+            if undone.is_ok() {
+                netns::unlock(self.occupation.pid()).await;
+            }
+            self.occupation.thawed().await.map_err(step("thaw"))?;
+        }
+        undone
     }
 
     /// No process of the container may ever run again here: it runs there.
@@ -117,7 +157,7 @@ impl Source for Leaving {
         command.arg("--image-path").arg(self.images.path()).arg("--work-path").arg(&work);
         // What is open stays open: connections by TCP repair, locks by CRIU.
         command.args(["--tcp-established", "--file-locks"]).arg(context.id());
-        let mut held = Held::start(&context.oci, command, work.join("dump.log")).await?;
+        let mut held = Held::start_isolated(&context.oci, command, work.join("dump.log")).await?;
         held.lock_network_quickly().await?;
         held.conversation()?.amend(|request| {
             crate::checkpoint::amend(request);
@@ -125,6 +165,13 @@ impl Source for Leaving {
             // the tasks in a few.
             request.freeze_cgroup(None);
         });
+        match Outbound::prepare(&self.occupation, held.criu_pid()).await {
+            Ok(outbound) => self.outbound = Some(outbound),
+            Err(why) => {
+                warn!(why, "the memory travels in CRIU's images");
+                self.fallback = Some(why);
+            }
+        }
         self.held = Some(held);
         Ok(())
     }
@@ -134,7 +181,15 @@ impl Source for Leaving {
         manifest.remembered = Some((&remembered).into());
         manifest.descriptors = fs::read_to_string(self.images.path().join(DESCRIPTORS))
             .map_err(|source| MigrationError::Image { name: DESCRIPTORS.into(), source })?;
+        if self.outbound.is_some() {
+            let cgroup = self.occupation.cgroup().map_err(step("prepare"))?;
+            manifest.memory_bytes = cgroup.process_bytes().map_err(step("prepare"))?;
+        }
         Ok(())
+    }
+
+    fn memory(&mut self) -> Option<Arc<dyn Memory>> {
+        self.outbound.as_ref().map(Outbound::memory)
     }
 
     fn connect(&self) -> Option<Connect> {
@@ -161,16 +216,29 @@ impl Source for Leaving {
         self.released = true;
         let held = self.held()?;
         held.release("freeze").await?;
+        // CRIU waits for the answer, and looks at nothing before it.
         held.until("freeze", "network-lock").await?;
-        held.conversation()?
-            .pass()
-            .await
-            .map_err(|error| MigrationError::runtime("freeze", error.to_string()))?;
         self.occupation.frozen().await.map_err(step("freeze"))
     }
 
+    async fn hide(&mut self) -> Result<Option<String>> {
+        let cgroup = self.occupation.cgroup().map_err(step("freeze"))?;
+        match &mut self.outbound {
+            Some(outbound) => outbound.hide(cgroup).await,
+            None => Ok(self.fallback.clone()),
+        }
+    }
+
     async fn dump(&mut self) -> Result<()> {
-        self.held()?.until("dump", "post-dump").await
+        let hidden = self.outbound.as_ref().is_some_and(Outbound::is_hidden);
+        if !hidden {
+            return self.held()?.until("dump", "post-dump").await;
+        }
+        let cgroup = self.occupation.cgroup().map_err(step("dump"))?.clone();
+        let (guards, dumped) =
+            tokio::join!(outbound::guards(&cgroup), self.held()?.until("dump", "post-dump"));
+        dumped?;
+        outbound::add_guards(self.images.clone(), guards?).await
     }
 
     async fn guard(&mut self) -> Result<()> {
@@ -183,25 +251,10 @@ impl Source for Leaving {
     }
 
     async fn thaw(&mut self) -> Result<()> {
-        if let Some(throttle) = &mut self.throttle
-            && let Err(error) = throttle.restore()
-        {
-            warn!(error = error.sentence(), "the container stays slowed down");
-        }
-        let undone = match self.held.take() {
-            Some(held) => held.abandon().await,
-            None => Ok(()),
-        };
-        if std::mem::take(&mut self.guarded) {
-            let cgroup = self.occupation.cgroup().map_err(step("thaw"))?;
-            blocking(cgroup, Cgroup::thaw).await.map_err(step("thaw"))?;
-        }
-        if std::mem::take(&mut self.released) {
-            // One that was killed could not do it itself.
-            if undone.is_ok() {
-                netns::unlock(self.occupation.pid()).await;
-            }
-            self.occupation.thawed().await.map_err(step("thaw"))?;
+        let undone = self.let_go().await;
+        // Takes its time, and is nothing that the container waits for.
+        if let Some(outbound) = self.outbound.take() {
+            outbound.end().await;
         }
         undone
     }
@@ -217,6 +270,9 @@ impl Source for Leaving {
         // At the same time: CRIU waits for its tasks to die, and frozen ones
         // die only when the signal is there and the group is thawed.
         let (dumped, killed) = tokio::join!(dump, self.kill());
+        if let Some(outbound) = self.outbound.take() {
+            outbound.end().await;
+        }
         if let Err(error) = dumped {
             // The tasks are dead in any case, and that was all it had to do.
             warn!(error = transship_migration::chain(&error), "CRIU did not end its dump well");

@@ -48,12 +48,26 @@ pub struct Held {
 impl Held {
     /// Starts `command` and returns once its CRIU has a request, which is not
     /// released. `log` is where CRIU will write.
-    pub async fn start(
+    pub async fn start(oci: &Oci, command: Command, log: PathBuf) -> Result<Self, MigrationError> {
+        Self::start_at(opened().await?, oci, command, log).await
+    }
+
+    /// The same for a dump whose CRIU gets a mount namespace of its own, in
+    /// which memory can be hidden from it.
+    pub async fn start_isolated(
+        oci: &Oci,
+        command: Command,
+        log: PathBuf,
+    ) -> Result<Self, MigrationError> {
+        Self::start_at(opened().await?.isolate(), oci, command, log).await
+    }
+
+    async fn start_at(
+        mut gate: Gate,
         oci: &Oci,
         mut command: Command,
         log: PathBuf,
     ) -> Result<Self, MigrationError> {
-        let mut gate = Gate::open().await.map_err(|error| failed("the CRIU gate", &error, None))?;
         command.envs(gate.environment());
         let mark = oci.log_mark();
         let mut runtime = command.spawn().map_err(|error| {
@@ -94,6 +108,15 @@ impl Held {
     pub fn conversation(&mut self) -> Result<&mut Conversation, MigrationError> {
         let missing = || MigrationError::runtime("CRIU", "it has ended already");
         self.conversation.as_mut().ok_or_else(missing)
+    }
+
+    pub fn criu_pid(&self) -> i32 {
+        self.criu_pid
+    }
+
+    /// The first process of a restore, once CRIU has made it.
+    pub fn restored(&self) -> Option<i32> {
+        self.restored
     }
 
     /// Amends the request: packets are kept away in the way that costs least
@@ -233,6 +256,10 @@ impl Held {
         }
         Ok(())
     }
+}
+
+async fn opened() -> Result<Gate, MigrationError> {
+    Gate::open().await.map_err(|error| failed("the CRIU gate", &error, None))
 }
 
 /// Whether the pid is still that of a process, not a zombie, with such a name.

@@ -15,6 +15,7 @@ mod depart;
 mod error;
 mod events;
 mod fill;
+mod guardian;
 mod held;
 mod inspect;
 mod mounts;
@@ -45,6 +46,7 @@ fn main() -> ExitCode {
     // First of all: the OCI runtime runs this executable under the name of
     // CRIU, and then nothing of the shim may happen.
     transship_criu::stub::become_criu_if_asked();
+    guardian::stand_guard_if_asked();
     sys::spare_memory();
     match run() {
         Ok(()) => ExitCode::SUCCESS,

@@ -47,7 +47,15 @@ fn outside(parents: &HashMap<u32, u32>, init: u32) -> Vec<u32> {
     parents.keys().copied().filter(|pid| !descends(*pid)).collect()
 }
 
+/// The id of a process in its own pid namespace; None for one that is gone
+/// or a zombie.
+pub fn inner_pid(pid: i32) -> Option<u32> {
+    Status::read(u32::try_from(pid).ok()?)?.inner
+}
+
 struct Status {
+    /// In the innermost pid namespace.
+    inner: Option<u32>,
     name: String,
     parent: u32,
 }
@@ -61,7 +69,12 @@ impl Status {
         if field("State:")?.starts_with('Z') {
             return None;
         }
-        Some(Self { name: field("Name:")?.into(), parent: field("PPid:")?.parse().ok()? })
+        let inner = field("NSpid:").and_then(|ids| ids.split_ascii_whitespace().next_back());
+        Some(Self {
+            inner: inner.and_then(|id| id.parse().ok()),
+            name: field("Name:")?.into(),
+            parent: field("PPid:")?.parse().ok()?,
+        })
     }
 }
 
@@ -77,6 +90,14 @@ mod tests {
         let mut found = outside(&parents, 10);
         found.sort_unstable();
         assert_eq!(found, [50, 51, 60]);
+    }
+
+    #[test]
+    fn our_own_id_is_known() {
+        let own = std::process::id();
+        let inner = inner_pid(own as i32).unwrap();
+        assert!(inner <= own, "{inner}");
+        assert_eq!(inner_pid(0), None);
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::time::Duration;
 use transship_api::control::{
     FillReport, MemoryReport, PauseReport, Progress, RoundReport, Tuning,
 };
+use transship_memory::Backend;
 use transship_migration::{Budget, Options, PostCopy, Throttle, report};
 use transship_types::{
     PAGE,
@@ -25,10 +26,10 @@ pub fn options(tuning: Option<&Tuning>) -> Result<Options> {
     if tuning.lanes != 0 {
         options.lanes = within("number of lanes", tuning.lanes, LANES.contains(&tuning.lanes))?;
     }
-    options.bandwidth = match tuning.bandwidth {
+    options.limit.set(match tuning.bandwidth {
         u64::MAX => 0,
         bandwidth => bandwidth,
-    };
+    });
     options.budget.throttle = match tuning.throttle.as_str() {
         "" => Budget::default().throttle,
         "auto" => Throttle::Auto,
@@ -97,6 +98,17 @@ pub fn memory_report(memory: &report::Memory) -> MemoryReport {
     message
 }
 
+/// All memory travelled in CRIU's images.
+pub fn ordinary_report(why: &str) -> MemoryReport {
+    let mut message = MemoryReport::new();
+    message.backend = Backend::None.as_str().into();
+    message.dump = "ordinary".into();
+    message.restore = "eager".into();
+    message.fallback = why.into();
+    message.page_size = PAGE;
+    message
+}
+
 fn round(round: &report::Round) -> RoundReport {
     let mut message = RoundReport::new();
     message.number = round.number;
@@ -161,14 +173,14 @@ mod tests {
         assert_eq!(options.budget.max_pause, Duration::from_millis(30));
         assert_eq!(options.budget.throttle, Throttle::Never);
         assert_eq!(options.budget.post_copy, PostCopy::Auto);
-        assert_eq!((options.lanes, options.bandwidth), (3, 1 << 20));
+        assert_eq!((options.lanes, options.limit.get()), (3, 1 << 20));
         assert_eq!(options.compress, Compress::With(Codec::Zstd));
     }
 
     #[test]
     fn no_limit_can_be_said() {
         let tuning = Tuning { bandwidth: u64::MAX, ..Tuning::default() };
-        assert_eq!(options(Some(&tuning)).unwrap().bandwidth, 0);
+        assert_eq!(options(Some(&tuning)).unwrap().limit.get(), 0);
     }
 
     #[test]

@@ -5,5 +5,6 @@ mod cancel;
 mod failures;
 mod faults;
 mod happy;
+mod memory;
 mod refusals;
 mod world;

@@ -185,13 +185,10 @@ impl Usage {
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        collections::BTreeMap,
-        process::{Child, Command},
-        thread::sleep,
-    };
+    use std::thread::sleep;
 
     use super::*;
+    use crate::cgroup::scratch::Scratch;
 
     /// A group as a directory of plain files.
     fn v2(dir: &Path, max: &str) -> Throttle {
@@ -243,9 +240,15 @@ mod tests {
     /// than use its CPU.
     #[test]
     fn a_real_group_is_slowed_down_and_put_back() {
-        let Some(group) = Group::create() else {
-            eprintln!("NOT TESTED: no cpu controller can be used here");
+        let busy = "while :; do :; done";
+        let Some(group) = Scratch::create("throttle", &["cpu", "cpuacct"], busy) else { return };
+        if Quota::find(&group.cgroup).is_err() {
+            eprintln!("NOT TESTED: this host's groups take no quota");
             return;
+        }
+        let throttled = || {
+            let directory = group.cgroup.directory("cpu").unwrap();
+            flat(&read(&directory.join("cpu.stat")).unwrap())["nr_throttled"]
         };
         let before = Quota::find(&group.cgroup).unwrap().read().unwrap();
         let mut throttle = Throttle::new(&group.cgroup).unwrap();
@@ -258,60 +261,10 @@ mod tests {
         assert!(cpus > 0.0 && cpus <= 2.0, "{cpus}");
         let during = throttle.quota.parse(&throttle.quota.read().unwrap()).unwrap();
         assert!(during.cpus().unwrap() <= cpus.max(LEAST_USE) / 10.0 + 0.011, "{cpus}");
-        while group.throttled() == 0 {
+        while throttled() == 0 {
             sleep(Duration::from_millis(5));
         }
         drop(throttle);
         assert_eq!(Quota::find(&group.cgroup).unwrap().read().unwrap(), before);
-    }
-
-    struct Group {
-        cgroup: Cgroup,
-        directories: Vec<PathBuf>,
-        busy: Child,
-    }
-
-    impl Group {
-        /// Only the paths of a v1 host: this one's v2 has no cpu controller.
-        fn create() -> Option<Self> {
-            let own = Cgroup::of_process(std::process::id() as i32).ok()?;
-            let name = format!("transship-throttle-{}", std::process::id());
-            let mut directories: Vec<PathBuf> = ["cpu", "cpuacct"]
-                .iter()
-                .filter_map(|controller| Some(own.directory(controller)?.join(&name)))
-                .collect();
-            directories.dedup();
-            for directory in &directories {
-                fs::create_dir(directory).ok()?;
-            }
-            let busy = Command::new("sh").args(["-c", "while :; do :; done"]).spawn().ok()?;
-            for directory in &directories {
-                fs::write(directory.join("cgroup.procs"), busy.id().to_string()).ok()?;
-            }
-            let cgroup = match own {
-                Cgroup::V1(_) => Cgroup::V1(BTreeMap::from([
-                    ("cpu".to_owned(), directories.first()?.clone()),
-                    ("cpuacct".to_owned(), directories.last()?.clone()),
-                ])),
-                Cgroup::V2(_) => Cgroup::V2(directories.first()?.clone()),
-            };
-            let group = Self { cgroup, directories, busy };
-            Quota::find(&group.cgroup).is_ok().then_some(group)
-        }
-
-        fn throttled(&self) -> u64 {
-            let directory = self.cgroup.directory("cpu").unwrap();
-            flat(&read(&directory.join("cpu.stat")).unwrap())["nr_throttled"]
-        }
-    }
-
-    impl Drop for Group {
-        fn drop(&mut self) {
-            let _ = self.busy.kill();
-            let _ = self.busy.wait();
-            for directory in &self.directories {
-                let _ = fs::remove_dir(directory);
-            }
-        }
     }
 }

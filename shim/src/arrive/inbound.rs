@@ -1,0 +1,329 @@
+//! Memory that arrives beside CRIU's images: where it waits, and how it gets
+//! under the restored processes.
+//!
+//! ```text
+//!   lanes ──▶ Store ──┬─▶ eager pages: into CRIU's images, before the restore
+//!                     └─▶ lazy pages: fault server, from the first descriptor
+//!                         that CRIU gives it on, until every page is placed
+//! ```
+//!
+//! A page that is missing reads as zeros once nobody serves its faults. So
+//! the server that must give up kills every process first ([`Victim`]).
+
+use std::{
+    collections::HashMap,
+    io,
+    os::fd::BorrowedFd,
+    path::Path,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use futures::future::BoxFuture;
+use tracing::{error, warn};
+use transship_criu::{images::MemoryDir, pages};
+use transship_memory::{FaultOptions, FaultServer, Serving, Store};
+use transship_migration::{MigrationError, chain, report};
+use transship_types::{PageSet, Space};
+
+use crate::{cgroup::Cgroup, guardian::Guardian};
+
+/// Killed processes wait for nothing but the release of their memory.
+const DEATH: Duration = Duration::from_secs(30);
+
+/// Left to the node itself and to what the restore needs beside the pages.
+const RESERVE_BYTES: u64 = 64 << 20;
+
+type Result<T> = std::result::Result<T, MigrationError>;
+
+/// The memory of one arriving container.
+pub struct Inbound {
+    room: u64,
+    store: Arc<Store>,
+    listening: Option<FaultServer>,
+    serving: Option<Arc<Serving>>,
+    victim: Arc<Victim>,
+    post: Arc<Post>,
+}
+
+impl Inbound {
+    /// Takes no more than this node has to spare.
+    pub fn new() -> Result<Self> {
+        let room = room()?;
+        Ok(Self {
+            room,
+            store: Arc::new(Store::new(room)),
+            listening: None,
+            serving: None,
+            victim: Arc::default(),
+            post: Arc::default(),
+        })
+    }
+
+    /// Refuses a container that brings more than there is. The server's
+    /// socket lies in `work`, where CRIU looks for it.
+    pub fn prepare(&mut self, work: &Path, memory_bytes: u64) -> Result<()> {
+        // What it uses now is no limit: it may grow while it travels.
+        if memory_bytes > self.room {
+            return Err(MigrationError::runtime(
+                "memory",
+                format!(
+                    "this node has {} MiB to spare and the container uses {} MiB; free some \
+                     memory here or choose another node",
+                    self.room >> 20,
+                    memory_bytes >> 20
+                ),
+            ));
+        }
+        let listening = FaultServer::listen(work).map_err(failed("wait for CRIU's tasks"))?;
+        self.listening = Some(listening);
+        // Before the pause: it is a process to start.
+        self.post.take_up();
+        Ok(())
+    }
+
+    pub fn store(&self) -> Arc<Store> {
+        self.store.clone()
+    }
+
+    /// Completes CRIU's images with the pages that must be there before the
+    /// container runs, and serves the others. Answers whether CRIU is to
+    /// leave pages to us, and how many it has saved itself.
+    pub async fn serve(
+        &mut self,
+        images: Arc<MemoryDir>,
+        present: Vec<(Space, PageSet)>,
+    ) -> Result<(bool, u64)> {
+        let store = self.store.clone();
+        let completed = blocking(move || complete(&images, &store, &present)).await?;
+        let lazy: HashMap<u32, PageSet> = completed.lazy;
+        if lazy.values().all(PageSet::is_empty) {
+            self.listening = None;
+            return Ok((false, completed.criu_pages));
+        }
+        let Some(server) = self.listening.take() else {
+            return Err(MigrationError::runtime("memory", "its pages are served already"));
+        };
+        let (victim, post) = (self.victim.clone(), self.post.clone());
+        let mut options = FaultOptions::new(move || victim.kill());
+        options.hold = Some(Box::new(move |descriptor| post.hold(descriptor)));
+        let serving =
+            server.serve(self.store.clone(), lazy, options).map_err(failed("serve its pages"))?;
+        self.serving = Some(Arc::new(serving));
+        Ok((true, completed.criu_pages))
+    }
+
+    /// Every process is there and none has run: from now on the server knows
+    /// whom to kill.
+    pub fn restored(&self, pid: i32) -> Result<()> {
+        if self.serving.is_none() {
+            return Ok(());
+        }
+        let cgroup = Cgroup::of_process(pid)
+            .map_err(|error| MigrationError::runtime("memory", error.sentence()))?;
+        self.post.over(&cgroup);
+        self.victim.is(cgroup);
+        self.is_sound()
+    }
+
+    /// Fails if the server has given up: nobody may run on what it left.
+    pub fn is_sound(&self) -> Result<()> {
+        let sound = self.serving.as_ref().is_none_or(|serving| serving.is_sound());
+        match sound && !self.victim.is_killed() {
+            true => Ok(()),
+            false => Err(MigrationError::runtime("memory", "its pages are no longer served")),
+        }
+    }
+
+    /// The container runs: the rest may be filled in.
+    pub fn resumed(&self) {
+        match &self.serving {
+            Some(serving) => serving.resumed(),
+            None => self.post.leave(),
+        }
+    }
+
+    /// Ends the server, once no process is left that it could serve.
+    pub fn stop(&self) -> Arc<dyn Fn() + Send + Sync> {
+        let (serving, post) = (self.serving.clone(), self.post.clone());
+        Arc::new(move || {
+            if let Some(serving) = &serving {
+                serving.give_up();
+            }
+            post.leave();
+        })
+    }
+
+    /// Ends when the server has: every page in place, or nobody there.
+    pub fn filled(&self) -> Option<BoxFuture<'static, Option<report::Fill>>> {
+        let (serving, post) = (self.serving.clone()?, self.post.clone());
+        Some(Box::pin(async move {
+            let served = tokio::task::spawn_blocking(move || {
+                let served = serving.wait();
+                post.leave();
+                served
+            });
+            let served = served.await;
+            match served {
+                Ok(Ok(served)) => Some(report::Fill {
+                    faults: served.faults,
+                    fault_latency: served.fault_latency,
+                    pages: served.pages,
+                    duration: served.duration,
+                }),
+                Ok(Err(error)) => {
+                    error!(error = chain(&error), "the container's memory was not completed");
+                    None
+                }
+                Err(error) => {
+                    error!(%error, "the fault server's end was not seen");
+                    None
+                }
+            }
+        }))
+    }
+}
+
+struct Completed {
+    lazy: HashMap<u32, PageSet>,
+    criu_pages: u64,
+}
+
+/// Every process of CRIU's images, also one that brought no page by lane.
+fn complete(images: &MemoryDir, store: &Store, present: &[(Space, PageSet)]) -> Result<Completed> {
+    let mut completed = Completed { lazy: HashMap::new(), criu_pages: 0 };
+    for process in pages::layout(images).map_err(failed("read CRIU's images"))? {
+        let space = Space::Process(process.vpid);
+        let none = PageSet::new();
+        let pages = present.iter().find(|(of, _)| *of == space).map_or(&none, |(_, set)| set);
+        let mut fetch =
+            |range, into: &mut [u8]| store.copy_out(space, range, into).map_err(io::Error::other);
+        let done = pages::complete(images, &process, pages, &mut fetch)
+            .map_err(failed("complete CRIU's images"))?;
+        completed.criu_pages += done.criu_pages;
+        completed.lazy.insert(process.vpid, done.lazy);
+    }
+    Ok(completed)
+}
+
+/// Whom the fault server kills when it must give up.
+#[derive(Default)]
+struct Victim(Mutex<Fate>);
+
+#[derive(Default)]
+struct Fate {
+    killed: bool,
+    cgroup: Option<Cgroup>,
+}
+
+impl Victim {
+    fn fate(&self) -> MutexGuard<'_, Fate> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is(&self, cgroup: Cgroup) {
+        self.fate().cgroup = Some(cgroup);
+    }
+
+    fn is_killed(&self) -> bool {
+        self.fate().killed
+    }
+
+    /// Returns once nobody is left, as far as that can be brought about.
+    /// Until it is known who it is nobody runs, and nobody will.
+    fn kill(&self) {
+        let cgroup = {
+            let mut fate = self.fate();
+            fate.killed = true;
+            fate.cgroup.clone()
+        };
+        let Some(cgroup) = cgroup else { return };
+        error!("the container is killed: some of its memory cannot be brought back");
+        if let Err(error) = cgroup.kill(DEATH) {
+            error!(error = error.sentence(), "it could not be killed");
+        }
+    }
+}
+
+/// Where the guardian stands, if one could be had.
+#[derive(Default)]
+struct Post(Mutex<Option<Guardian>>);
+
+impl Post {
+    fn guardian(&self) -> MutexGuard<'_, Option<Guardian>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take_up(&self) {
+        match Guardian::post() {
+            Ok(guardian) => *self.guardian() = Some(guardian),
+            Err(error) => {
+                let error = error.sentence();
+                warn!(error, "nobody stands in if this shim is killed meanwhile");
+            }
+        }
+    }
+
+    fn hold(&self, descriptor: BorrowedFd<'_>) {
+        self.tell(|guardian| guardian.hold(descriptor));
+    }
+
+    fn over(&self, victim: &Cgroup) {
+        self.tell(|guardian| guardian.over(victim));
+    }
+
+    fn tell(&self, what: impl FnOnce(&Guardian) -> io::Result<()>) {
+        if let Some(guardian) = &*self.guardian()
+            && let Err(error) = what(guardian)
+        {
+            warn!(%error, "the guardian does not listen");
+        }
+    }
+
+    /// Nobody is in danger any more.
+    fn leave(&self) {
+        let guardian = self.guardian().take();
+        if let Some(guardian) = guardian {
+            guardian.dismiss();
+        }
+    }
+}
+
+/// Bytes that this node can spare.
+fn room() -> Result<u64> {
+    let path = "/proc/meminfo";
+    let text = std::fs::read_to_string(path)
+        .map_err(|error| MigrationError::runtime("memory", format!("{path}: {error}")))?;
+    available(&text).map(|bytes| bytes.saturating_sub(RESERVE_BYTES)).ok_or_else(|| {
+        MigrationError::runtime("memory", format!("{path} does not say what is free"))
+    })
+}
+
+fn available(meminfo: &str) -> Option<u64> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+}
+
+fn failed<E: std::error::Error>(doing: &'static str) -> impl FnOnce(E) -> MigrationError {
+    move |error| MigrationError::runtime("memory", format!("{doing}: {}", chain(&error)))
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    let joined = tokio::task::spawn_blocking(work).await;
+    joined.map_err(|error| MigrationError::runtime("memory", error.to_string()))?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_free_is_told_by_the_kernel() {
+        let text = "MemTotal:       100 kB\nMemFree: 1 kB\nMemAvailable:   24000 kB\n";
+        assert_eq!(available(text), Some(24_000 << 10));
+        assert_eq!(available("MemTotal: 100 kB\n"), None);
+        assert_eq!(available("MemAvailable: lots\n"), None);
+    }
+}
