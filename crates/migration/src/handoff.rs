@@ -12,7 +12,7 @@
 //! A [`Frozen`] container is promised to nobody: it can only be thawed or
 //! promised. A [`Promised`] one cannot be thawed any more by this side alone.
 
-use crate::{MigrationError, Source};
+use crate::{MigrationError, Source, journal::Committed};
 
 /// Stopped, promised to nobody. Whoever holds it must call [`Frozen::stay_home`]
 /// or [`Frozen::promise`]; a process that dies instead has the effect of the
@@ -32,16 +32,20 @@ impl<'a, S: Source> Frozen<'a, S> {
     }
 
     /// The commit is on disk; from here on only the target's answer decides.
-    /// The [`crate::journal::Committed`] is the proof that it was written.
-    pub async fn promise(
-        self,
-        _proof: crate::journal::Committed,
-    ) -> Result<Promised<'a, S>, (Self, MigrationError)> {
-        match self.0.guard().await {
-            Ok(()) => Ok(Promised(self.0)),
-            Err(error) => Err((self, error)),
-        }
+    /// The proofs are that it was written, and that the tasks stand still
+    /// even if this process dies.
+    pub fn promise(self, _written: Committed, _guarded: Guarded) -> Promised<'a, S> {
+        Promised(self.0)
     }
+}
+
+/// Proof that the tasks stand still whoever dies.
+#[derive(Debug)]
+pub struct Guarded(());
+
+/// Makes them stand still, whoever dies. Not undone but by a thaw.
+pub(crate) async fn guard<S: Source>(source: &mut S) -> Result<Guarded, MigrationError> {
+    source.guard().await.map(|()| Guarded(()))
 }
 
 /// The commit may have been sent: this side must not run the container.

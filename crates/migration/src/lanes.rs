@@ -12,7 +12,9 @@ use std::{
 
 use bytes::Bytes;
 use tokio::{sync::mpsc, task};
-use transship_api::session::{Image, ImagesEnd, Pass, PassEnd, ShimMessage, shim_message::Message};
+use transship_api::session::{
+    Image, ImagesEnd, Pass, PassEnd, ShimMessage, SmallImage, SmallImages, shim_message::Message,
+};
 use transship_link::{BoxRead, BoxWrite};
 use transship_rootfs::{Index, Layer, Receiver, Totals};
 use transship_wire::{Reader, Writer};
@@ -24,6 +26,9 @@ const QUEUE: usize = 8;
 
 /// One chunk of an image; as large as a data frame may be.
 const CHUNK: usize = 1 << 20;
+
+/// Images in one message: names take bytes too.
+const BUNDLE: usize = 1000;
 
 /// A joined thread that panicked is our own mistake; say where.
 pub(crate) fn joined<T>(result: Result<T, task::JoinError>) -> T {
@@ -132,6 +137,7 @@ async fn forward(
 }
 
 enum Piece {
+    Small(SmallImages),
     Start(Image),
     Bytes(Bytes),
     End,
@@ -150,6 +156,12 @@ pub(crate) async fn send_images(
     let mut written = Ok(());
     while let Some(piece) = pieces.recv().await {
         written = match piece {
+            Piece::Small(images) => {
+                count += images.images.len() as u32;
+                total += images.images.iter().map(|image| image.content.len() as u64).sum::<u64>();
+                sent(total);
+                writer.control(&ShimMessage { message: Some(Message::SmallImages(images)) }).await
+            }
             Piece::Start(image) => {
                 count += 1;
                 writer.control(&ShimMessage { message: Some(Message::Image(image)) }).await
@@ -173,11 +185,15 @@ pub(crate) async fn send_images(
     Ok(total)
 }
 
+/// The small ones go first, together: each message and each file takes both
+/// sides some time that has nothing to do with its size, within the pause.
 fn read_images(directory: &Path, queue: &mpsc::Sender<Piece>) -> Result<(), MigrationError> {
     let failed = |name: &str| {
         let name = name.to_owned();
         move |source| MigrationError::Image { name, source }
     };
+    let mut small = Bundle::default();
+    let mut large = Vec::new();
     for entry in fs::read_dir(directory).map_err(failed("*"))? {
         let entry = entry.map_err(failed("*"))?;
         let name = entry.file_name().to_string_lossy().into_owned();
@@ -187,11 +203,28 @@ fn read_images(directory: &Path, queue: &mpsc::Sender<Piece>) -> Result<(), Migr
         if !meta.is_file() || check_image_name(&name).is_err() {
             continue;
         }
-        let start = Piece::Start(Image { name: name.clone(), size: meta.len() });
+        if meta.len() > limits::SMALL_IMAGE {
+            large.push((name, file, meta.len()));
+            continue;
+        }
+        let mut content = vec![0; meta.len() as usize];
+        file.read_exact(&mut content).map_err(failed(&name))?;
+        if let Some(full) = small.add(name, content)
+            && queue.blocking_send(Piece::Small(full)).is_err()
+        {
+            return Ok(());
+        }
+    }
+    let rest = small.take();
+    if !rest.images.is_empty() && queue.blocking_send(Piece::Small(rest)).is_err() {
+        return Ok(());
+    }
+    for (name, mut file, size) in large {
+        let start = Piece::Start(Image { name: name.clone(), size });
         if queue.blocking_send(start).is_err() {
             return Ok(());
         }
-        let mut left = meta.len();
+        let mut left = size;
         while left > 0 {
             let mut chunk = vec![0; CHUNK.min(usize::try_from(left).unwrap_or(CHUNK))];
             file.read_exact(&mut chunk).map_err(failed(&name))?;
@@ -207,6 +240,52 @@ fn read_images(directory: &Path, queue: &mpsc::Sender<Piece>) -> Result<(), Migr
     Ok(())
 }
 
+/// Small images that share a message.
+#[derive(Default)]
+struct Bundle {
+    images: Vec<SmallImage>,
+    bytes: usize,
+}
+
+impl Bundle {
+    /// Answers what was there before, if both together are too much.
+    fn add(&mut self, name: String, content: Vec<u8>) -> Option<SmallImages> {
+        let full = self.bytes + content.len() > CHUNK || self.images.len() >= BUNDLE;
+        let before = full.then(|| self.take());
+        self.bytes += content.len();
+        self.images.push(SmallImage { name, content: content.into() });
+        before
+    }
+
+    fn take(&mut self) -> SmallImages {
+        self.bytes = 0;
+        SmallImages { images: std::mem::take(&mut self.images) }
+    }
+}
+
+/// Writes small images into the directory; answers how many.
+pub(crate) async fn write_images(
+    directory: PathBuf,
+    images: SmallImages,
+) -> Result<u32, MigrationError> {
+    let writing = task::spawn_blocking(move || {
+        let mut count = 0;
+        for SmallImage { name, content } in images.images {
+            check_image_name(&name)?;
+            let written =
+                create(&directory.join(&name)).and_then(|mut file| file.write_all(&content));
+            written.map_err(|source| MigrationError::Image { name, source })?;
+            count += 1;
+        }
+        Ok(count)
+    });
+    joined(writing.await)
+}
+
+fn create(path: &Path) -> io::Result<File> {
+    File::options().write(true).create(true).truncate(true).mode(0o600).open(path)
+}
+
 /// Receives one image into the directory; its header has been read.
 pub(crate) async fn receive_image(
     reader: &mut Reader<BoxRead>,
@@ -218,8 +297,7 @@ pub(crate) async fn receive_image(
     let path = directory.join(&image.name);
     let size = image.size;
     let writing = task::spawn_blocking(move || -> io::Result<u64> {
-        let mut file =
-            File::options().write(true).create(true).truncate(true).mode(0o600).open(path)?;
+        let mut file = create(&path)?;
         let mut written = 0;
         while let Some(chunk) = chunks.blocking_recv() {
             written += chunk.len() as u64;
@@ -265,5 +343,51 @@ mod tests {
         for name in ["", ".", "..", "../x", "/etc/passwd", "a/b", ".hidden", "a\0b", &long] {
             assert!(check_image_name(name).is_err(), "{name:?}");
         }
+    }
+
+    /// Of every size around the limits, to the last byte.
+    #[tokio::test]
+    async fn images_arrive_whole_however_they_travel() {
+        const SMALL: usize = limits::SMALL_IMAGE as usize;
+        let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let sizes = [0, 1, SMALL - 1, SMALL, SMALL + 1, CHUNK, 2 * CHUNK + 7];
+        // More small ones than one message takes.
+        let sizes = sizes.into_iter().chain(std::iter::repeat_n(SMALL, 20));
+        for (number, size) in sizes.enumerate() {
+            let content = vec![number as u8; size];
+            fs::write(from.path().join(format!("core-{number}.img")), content).unwrap();
+        }
+        fs::write(from.path().join(".pid"), "not an image").unwrap();
+
+        let (a, b) = ("a".parse().unwrap(), "b".parse().unwrap());
+        let (mut near, mut far) = transship_link::in_memory::pair(a, b);
+        let heard = std::sync::atomic::AtomicU64::new(0);
+        let sent = |bytes| heard.store(bytes, std::sync::atomic::Ordering::Relaxed);
+        let sending = send_images(&mut near.writer, from.path().into(), &sent);
+        let receiving = async {
+            let mut count = 0;
+            loop {
+                match hear(&mut far.reader).await.unwrap() {
+                    Message::SmallImages(images) => {
+                        count += write_images(to.path().into(), images).await.unwrap();
+                    }
+                    Message::Image(image) => {
+                        receive_image(&mut far.reader, to.path(), image).await.unwrap();
+                        count += 1;
+                    }
+                    Message::ImagesEnd(end) => break (count, end),
+                    other => panic!("{other:?}"),
+                }
+            }
+        };
+        let (total, (count, end)) = tokio::join!(sending, receiving);
+        assert_eq!((count, end.count), (27, 27));
+        assert_eq!((end.bytes, heard.into_inner()), (total.unwrap(), end.bytes));
+        for entry in fs::read_dir(to.path()).unwrap() {
+            let entry = entry.unwrap();
+            let sent = fs::read(from.path().join(entry.file_name())).unwrap();
+            assert!(fs::read(entry.path()).unwrap() == sent, "{:?}", entry.file_name());
+        }
+        assert_eq!(fs::read_dir(to.path()).unwrap().count(), 27);
     }
 }

@@ -29,6 +29,9 @@ pub const IMAGES: u32 = 100_000;
 /// An image name as CRIU writes it: `pages-1.img`, `core-17.img`, `tmpfs-dev-…`.
 pub const IMAGE_NAME: usize = 128;
 
+/// An image up to this size shares its message with others.
+pub const SMALL_IMAGE: u64 = 64 << 10;
+
 /// Passes over the writable layer while the container runs: more than this
 /// and it changes faster than it travels.
 pub const PASSES: u32 = 4;

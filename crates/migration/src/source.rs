@@ -77,7 +77,8 @@ pub trait Source: Send {
     /// Returns once every image is complete; the tasks still stand.
     async fn dump(&mut self) -> Result<(), MigrationError>;
     /// A second guard, so that the tasks stand still even if this process or
-    /// CRIU should die now.
+    /// CRIU should die from now on. It fails if they may have run since the
+    /// dump.
     async fn guard(&mut self) -> Result<(), MigrationError>;
     /// Whatever was begun is undone; the container runs. May be called in any
     /// state, and also when a call above was cancelled half-way.

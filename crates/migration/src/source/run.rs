@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use tokio::time::timeout;
+use tokio::{time::timeout, try_join};
 use tracing::{error, info, warn};
 use transship_api::session::{Abort, Commit, Prepared, shim_message::Message};
 use transship_link::Channel;
@@ -18,7 +18,7 @@ use super::{
 use crate::{
     DepartError, Journal, Manifest, MigrationError, Options, Phase, Stopwatch,
     error::chain,
-    handoff::{Answer, Ending, Frozen},
+    handoff::{Answer, Ending, Frozen, Guarded, guard},
     lanes::{hear, say, send_images},
     limits,
     options::{CAN_POST_COPY, MAX_LANES, PostCopy},
@@ -27,7 +27,7 @@ use crate::{
 };
 
 /// Proof that the target holds the whole container, ready to run.
-pub(super) struct Dumped(());
+pub(super) struct Dumped(Guarded);
 
 pub(super) struct Outcome {
     pub ending: Ending,
@@ -135,11 +135,13 @@ impl<'a> Run<'a> {
 
         self.enter(Phase::Restore);
         self.channel.reader.set_deadline(limits::RESTORE);
-        match self.hear().await? {
+        // While the target restores, so that it costs nothing.
+        let (guarded, message) = try_join!(guard(source), self.hear())?;
+        match message {
             Message::Prepared(prepared) => self.prepared(&prepared),
             _ => return Err(MigrationError::malformed("no answer to the images")),
         }
-        Ok(Dumped(()))
+        Ok(Dumped(guarded))
     }
 
     /// Both agree on what travels, and on how.
@@ -260,7 +262,7 @@ impl<'a> Run<'a> {
     /// The point of no return: journal first, then the word.
     pub async fn commit<S: Source>(
         &mut self,
-        _dumped: Dumped,
+        dumped: Dumped,
         frozen: Frozen<'_, S>,
         mut journal: Journal,
     ) -> Outcome {
@@ -270,10 +272,7 @@ impl<'a> Run<'a> {
             // Maybe on disk, surely not sent: it stays, and the journal says so.
             Err(error) => return self.stay_home(frozen, journal, error).await,
         };
-        let promised = match frozen.promise(proof).await {
-            Ok(promised) => promised,
-            Err((frozen, error)) => return self.stay_home(frozen, journal, error).await,
-        };
+        let promised = frozen.promise(proof, dumped.0);
         let (answer, pid, reason) = self.ask().await;
         self.enter(Phase::Depart);
         let (ending, settled) = promised.settle(answer).await;

@@ -14,7 +14,7 @@ use transship_types::{PageSet, Space};
 use super::{PageStore, Target, hear_source};
 use crate::{
     Manifest, MigrationError,
-    lanes::{joined, receive_image, receive_pass, say, sync},
+    lanes::{joined, receive_image, receive_pass, say, sync, write_images},
     limits,
     pages::PageReceiver,
     present::Presence,
@@ -95,8 +95,8 @@ impl<'a> Landing<'a> {
                     Pages::Coming { presence, .. } => presence.add(present)?,
                     _ => return Err(MigrationError::malformed("pages without a lane")),
                 },
-                Message::Image(_) if images >= limits::IMAGES => {
-                    return Err(MigrationError::malformed("more images than CRIU ever writes"));
+                Message::SmallImages(small) => {
+                    images += write_images(target.images(), small).await?;
                 }
                 Message::Image(image) => {
                     receive_image(&mut self.channel.reader, &target.images(), image).await?;
@@ -104,6 +104,9 @@ impl<'a> Landing<'a> {
                 }
                 Message::ImagesEnd(end) if end.count == images => return self.end().await,
                 _ => return Err(MigrationError::malformed("neither pass nor page nor image")),
+            }
+            if images > limits::IMAGES {
+                return Err(MigrationError::malformed("more images than CRIU ever writes"));
             }
             // After the first message the root is as complete as it gets
             // before the freeze: the runtime can start, and waits at the gate.
