@@ -263,7 +263,9 @@ impl Task {
             match copy.stopped {
                 None => {}
                 Some(Errno::EAGAIN) if copy.bytes > 0 => {}
-                Some(Errno::EAGAIN) => return (filled, Ok(Placing::Again)),
+                // Out of memory is the container's limit, as it is in a fault
+                // of its own: some is freed, or somebody killed.
+                Some(Errno::EAGAIN | Errno::ENOMEM) => return (filled, Ok(Placing::Again)),
                 Some(Errno::EEXIST) => {
                     self.wake(range.split(1).0);
                     filled += 1;
@@ -281,7 +283,7 @@ impl Task {
     fn zero(&self, page: PageRange) -> Result<Placing, MemoryError> {
         match self.uffd.zero(page).stopped {
             None => Ok(Placing::Done),
-            Some(Errno::EAGAIN) => Ok(Placing::Again),
+            Some(Errno::EAGAIN | Errno::ENOMEM) => Ok(Placing::Again),
             Some(Errno::EEXIST | Errno::ENOENT) => {
                 self.wake(page);
                 Ok(Placing::Done)
