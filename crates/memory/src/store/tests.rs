@@ -27,12 +27,12 @@ impl Random {
 /// Against a plain map of pages; zero is content 0 here.
 #[test]
 fn it_keeps_what_a_plain_map_keeps() {
-    const PAGES: u64 = 3000;
+    const PAGES: u64 = 1500;
     for seed in [1, 0x5eed, 0xfeed_beef] {
         let mut random = Random(seed);
         let store = Store::new(64 << 20);
         let mut plain = BTreeMap::<u64, u64>::new();
-        for step in 1..400_u32 {
+        for step in 1..200_u32 {
             let first = random.below(PAGES - 1);
             let some = range(first, (first + 1 + random.below(300)).min(PAGES));
             let pages = some.start() / PAGE..some.end() / PAGE;
