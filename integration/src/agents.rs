@@ -23,10 +23,11 @@ const AGENT_SOCKET: &str = "/run/transship/agent.sock";
 const RECORDS: &str = "file /var/lib/transship/migrations/";
 /// The agent itself, and folders made with the first migration: what lies in
 /// them is counted by itself.
-const STAYS: [&str; 7] = [
+const STAYS: [&str; 8] = [
     "process transshipd",
     "socket /run/transship/agent.sock",
     "socket /run/transship/arrivals.sock",
+    "file /var/lib/transship/pauses.json",
     "folder /var/lib/transship/journal",
     "folder /var/lib/transship/migrations",
     "folder /run/transship/fifo",
