@@ -259,14 +259,35 @@ impl Conversation {
     /// Passes everything along until CRIU sends this notification, which is
     /// then held: CRIU waits and the runtime knows nothing of it.
     pub async fn until(&mut self, script: &str) -> Result<Notified, CriuError> {
+        self.until_any(&[script]).await
+    }
+
+    /// The same for a dump, until every task stands still. CRIU says so by
+    /// `network-lock`, which it does not send where it shares the container's
+    /// network namespace, and always by the notification after that.
+    pub async fn until_frozen(&mut self) -> Result<Notified, CriuError> {
+        self.until_any(&["network-lock", "query-ext-files"]).await
+    }
+
+    async fn until_any(&mut self, scripts: &[&str]) -> Result<Notified, CriuError> {
+        let awaited = || scripts.join(" or ");
         loop {
             match self.next().await? {
-                Some(notified) if notified.script == script => return Ok(notified),
+                Some(notified) if scripts.contains(&notified.script.as_str()) => {
+                    return Ok(notified);
+                }
+                // The runtime would agree to it, and the tasks would die. It
+                // stays held: whoever drops us lets them run.
+                Some(Notified { script, .. })
+                    if self.kind == Kind::Dump && script == "post-dump" =>
+                {
+                    return Err(CriuError::Missed { awaited: awaited(), held: script });
+                }
                 Some(_) => {}
                 None => {
                     let State::Ended(outcome) = &self.state else { continue };
                     let (kind, outcome) = (self.kind, outcome.clone());
-                    return Err(CriuError::Ended { kind, awaited: script.into(), outcome });
+                    return Err(CriuError::Ended { kind, awaited: awaited(), outcome });
                 }
             }
         }

@@ -50,6 +50,9 @@ pub enum CriuError {
     /// Some processes are hidden and some are not; CRIU must not dump.
     #[error("memory was hidden from CRIU in part and cannot be shown again")]
     HalfHidden,
+    /// The last notification before the decision came before the awaited one.
+    #[error("CRIU was at {held} without having sent {awaited}")]
+    Missed { awaited: String, held: String },
     #[error("the gate was closed")]
     Closed,
     #[error("{0}")]

@@ -84,6 +84,11 @@ impl Gate {
     /// namespace. Nothing but that is saved by it: the OCI runtimes have CRIU
     /// leave out what is in the namespace anyway. Sockets are kept as before.
     ///
+    /// It keeps packets away from each established connection only, not from
+    /// listening sockets: a connection that is made while the container is
+    /// frozen would be lost. So use it where loopback is all there is, or
+    /// where somebody else holds the packets.
+    ///
     /// CRIU does not send `network-lock` for such a dump: the first
     /// notification with every task stopped is `query-ext-files`. For a
     /// restore the namespace must belong to the container's user namespace.

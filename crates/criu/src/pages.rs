@@ -19,6 +19,7 @@ mod complete;
 mod guards;
 mod image;
 mod layout;
+mod network;
 
 use std::path::PathBuf;
 
@@ -30,6 +31,7 @@ use crate::CriuError;
 pub use complete::{Completed, complete};
 pub use guards::{add_guards, guards};
 pub use layout::{ProcessLayout, Vma, layout};
+pub use network::shares_network;
 
 #[derive(Debug, Error)]
 pub enum PagesError {

@@ -188,6 +188,39 @@ async fn notifications_come_in_order_and_one_is_held() {
     assert!(soon(criu).await.unwrap().iter().all(|(_, answer)| *answer == Some(true)));
 }
 
+/// Without a network namespace of its own there is no `network-lock`.
+#[tokio::test]
+async fn the_decision_is_not_passed_by() {
+    let (world, mut talk) = World::asked(CriuReqType::Dump).await;
+    let criu = tokio::spawn(dump(world.criu));
+    let runtime = world.runtime;
+    let runtime = tokio::spawn(async move { runtime.agree_to_everything().await });
+    talk.release().await.unwrap();
+    let error = soon(talk.until("no-such-script")).await.unwrap_err();
+    assert!(matches!(error, CriuError::Missed { .. }), "{error}");
+    drop(talk);
+    assert_eq!(soon(criu).await.unwrap().last(), Some(&("post-dump", None)));
+    let _ = soon(runtime).await.unwrap();
+}
+
+#[tokio::test]
+async fn every_dump_says_when_it_is_frozen() {
+    for scripts in [&DUMP[..], &["pre-dump", "query-ext-files", "post-dump"]] {
+        let (world, mut talk) = World::asked(CriuReqType::Dump).await;
+        let criu = world.criu;
+        tokio::spawn(async move {
+            criu.receive().await.unwrap();
+            for script in scripts {
+                criu.notify(script).await.unwrap();
+            }
+        });
+        let runtime = world.runtime;
+        tokio::spawn(async move { runtime.agree_to_everything().await });
+        talk.release().await.unwrap();
+        assert_eq!(soon(talk.until_frozen()).await.unwrap().script, scripts[1]);
+    }
+}
+
 #[tokio::test]
 async fn post_dump_can_be_refused() {
     let (world, mut talk) = World::asked(CriuReqType::Dump).await;

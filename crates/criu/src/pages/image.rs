@@ -24,12 +24,26 @@ pub enum Type {
     Mm = 0x5749_2820,
     Core = 0x5505_3847,
     Pagemap = 0x5608_4025,
+    Inventory = 0x5831_3116,
+    Ids = 0x5443_2030,
+}
+
+impl Type {
+    /// The inventory says what version the others are of, so it has none.
+    fn magic(self) -> Vec<u8> {
+        let own = (self as u32).to_le_bytes();
+        match self {
+            Type::Inventory => own.to_vec(),
+            _ => [COMMON_MAGIC.to_le_bytes(), own].concat(),
+        }
+    }
 }
 
 /// An image in memory.
 pub struct Image {
     name: String,
     bytes: Vec<u8>,
+    header: usize,
 }
 
 impl Image {
@@ -49,11 +63,11 @@ impl Image {
         file.take(MAX_IMAGE + 1)
             .read_to_end(&mut bytes)
             .map_err(CriuError::file("reading", &path))?;
-        let image = Self { name, bytes };
+        let magic = kind.magic();
+        let image = Self { name, bytes, header: magic.len() };
         if image.bytes.len() as u64 > MAX_IMAGE {
             return Err(image.bad(dir, "it is too large"));
         }
-        let magic = [COMMON_MAGIC.to_le_bytes(), (kind as u32).to_le_bytes()].concat();
         if !image.bytes.starts_with(&magic) {
             return Err(image.bad(dir, "it is of another type or version"));
         }
@@ -66,7 +80,7 @@ impl Image {
 
     /// The records' bytes, each inside the file.
     pub fn records(&self) -> Records<'_> {
-        Records(&self.bytes[8..])
+        Records(&self.bytes[self.header..])
     }
 
     /// The only record.
@@ -105,7 +119,7 @@ pub struct Writer(Vec<u8>);
 
 impl Writer {
     pub fn new(kind: Type) -> Self {
-        Self([COMMON_MAGIC.to_le_bytes(), (kind as u32).to_le_bytes()].concat())
+        Self(kind.magic())
     }
 
     pub fn record(&mut self, bytes: &[u8]) {
@@ -154,6 +168,21 @@ pub struct VmaEntry {
     pub status: u32,
     #[prost(sint64, required, tag = "8")]
     pub fd: i64,
+}
+
+/// `inventory_entry`
+#[derive(Clone, PartialEq, Message)]
+pub struct InventoryEntry {
+    /// Those of the CRIU that wrote the images.
+    #[prost(message, optional, tag = "3")]
+    pub root_ids: Option<IdsEntry>,
+}
+
+/// `task_kobj_ids_entry`
+#[derive(Clone, PartialEq, Message)]
+pub struct IdsEntry {
+    #[prost(uint32, optional, tag = "6")]
+    pub net_ns_id: Option<u32>,
 }
 
 /// `core_entry`, as far as the stack pointer is.

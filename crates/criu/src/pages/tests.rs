@@ -222,3 +222,20 @@ fn guards_are_added_once_and_last() {
     // A zombie has no mappings to guard.
     add_guards(&dir, 7, &set(&[(1, 2)])).unwrap();
 }
+
+/// As CRIU 4.2.1 wrote them in the container's network namespace; outside of
+/// it, it counts the container's as another one.
+#[test]
+fn images_say_whose_network_it_is() {
+    let own = "16313158 4e000000 08021001 1a18 0801100118012001280130023803400448065007580860052001
+               280130005801 6200 6a24 66313462383634642d333163642d346430642d623466382d633137383037
+               363234623833";
+    let ids = "19435654 30204354 18000000 080210021802200228093002380a400b480c500758086005";
+    for (of_container, shared) in [("3002", true), ("3009", false)] {
+        let dir = process(&[], 0);
+        put(&dir, "ids-1.img", &bytes(&ids.replace("3002", of_container)));
+        put(&dir, "inventory.img", &bytes(own));
+        assert_eq!(shares_network(&dir).unwrap(), shared);
+    }
+    assert!(shares_network(&process(&[], 0)).is_err());
+}
