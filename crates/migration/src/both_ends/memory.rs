@@ -5,7 +5,9 @@ use std::{
     time::Duration,
 };
 
-use super::world::{Setup, World};
+use tokio_util::sync::CancellationToken;
+
+use super::world::{Cuts, Setup, World};
 use crate::{
     Budget, Compress, Options, Phase, Throttle,
     fake::{FakeMemory, Step},
@@ -194,6 +196,29 @@ async fn one_that_writes_faster_than_the_link_is_slowed_down() {
     assert!(report.cpu_throttle_percentage > 0, "{report:?}");
     let throttle = &world.source.memory.as_ref().unwrap().throttle;
     assert_eq!(throttle.load(Ordering::SeqCst), 0, "its images are those of a free container");
+}
+
+#[tokio::test]
+async fn whatever_ends_a_later_round_leaves_it_at_the_source() {
+    type End = fn(&Cuts, &CancellationToken, &CancellationToken);
+    let ends: [(&str, End); 4] = [
+        ("link cut", |cuts, _, _| cuts.all()),
+        ("lanes cut", |cuts, _, _| cuts.lanes()),
+        ("cancelled", |_, cancel, _| cancel.cancel()),
+        ("arrival cancelled", |_, _, cancel| cancel.cancel()),
+    ];
+    for (what, end) in ends {
+        let setup = too_fast(Throttle::Auto);
+        let cancel_arrival = setup.cancel_arrival.clone();
+        let world = World::run(setup, |now, cuts, cancel| {
+            if now.round.is_some_and(|round| round.number == 2) {
+                end(cuts, cancel, &cancel_arrival);
+            }
+        })
+        .await;
+        world.stayed_home(what);
+        assert_eq!(world.departure.error.unwrap().phase, Phase::Rounds, "{what}");
+    }
 }
 
 #[tokio::test]

@@ -76,6 +76,8 @@ pub struct Setup {
     pub store: bool,
     pub hides_nothing: bool,
     pub options: Options,
+    /// Ends the arrival, as a Kill of the container that is to come does.
+    pub cancel_arrival: CancellationToken,
 }
 
 impl Default for Setup {
@@ -88,6 +90,7 @@ impl Default for Setup {
             store: true,
             hides_nothing: false,
             options: Options::default(),
+            cancel_arrival: CancellationToken::new(),
         }
     }
 }
@@ -131,13 +134,12 @@ impl World {
         target.store = setup.store.then(|| Arc::new(FakeStore::new(fails)));
 
         let cancel = CancellationToken::new();
-        let never = CancellationToken::new();
         let progress = |progress: Progress| at(&progress, &cuts, &cancel);
         let options = setup.options;
         let departing =
             depart(near, &mut source, manifest(), journal, &options, &cancel, &progress);
         let arriving = async {
-            let mut arrived = arrive(far, &mut target, &setup.ticket, &never).await;
+            let mut arrived = arrive(far, &mut target, &setup.ticket, &setup.cancel_arrival).await;
             if let Ok(arrived) = &mut arrived {
                 let rest = std::mem::replace(&mut arrived.rest, std::future::ready(()).boxed());
                 rest.await;

@@ -208,7 +208,7 @@ mod tests {
             }),
             ("too many zeros", |b| b.zeros = vec![100, 254]),
             ("too many ranges", |b| b.zeros = (50..700).flat_map(|p| [2 * p, 1]).collect()),
-            ("nothing", |b| *b = Batch { space: b.space.clone(), ..Batch::default() }),
+            ("nothing", |b| *b = Batch { space: b.space, ..Batch::default() }),
             ("an unknown codec", |b| b.codec = 3),
             ("too few bytes", |b| b.wire_bytes -= 1),
             ("too many bytes", |b| b.wire_bytes += 1),
