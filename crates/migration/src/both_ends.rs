@@ -180,8 +180,8 @@ async fn a_target_that_stops_reading_does_not_keep_it_frozen() {
     let never = CancellationToken::new();
     let stopped = async {
         use transship_api::session::{Waiting, shim_message::Message};
-        crate::lanes::hear(&mut far.reader).await.unwrap();
-        crate::lanes::say(&mut far.writer, Message::Waiting(Waiting { lanes: 0 })).await.unwrap();
+        crate::bulk::hear(&mut far.reader).await.unwrap();
+        crate::bulk::say(&mut far.writer, Message::Waiting(Waiting { lanes: 0 })).await.unwrap();
         // Alive, and its link too; but it takes nothing any more.
         std::future::pending::<()>().await;
     };

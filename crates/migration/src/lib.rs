@@ -1,9 +1,10 @@
 //! A migration: the one crate that knows that a container changes hands.
 //!
 //! [`depart`] runs in the shim that owns the container, [`arrive`] in the shim
-//! that waits for it; both speak over one [`transship_link::Channel`]. What a
-//! container *is* stays behind two traits, [`Source`] and [`Target`], so that
-//! both ends also run in one process with fakes (`fake`).
+//! that waits for it. Both speak over one [`transship_link::Channel`], and
+//! memory travels beside it ([`pages`]). What a container *is* stays behind two
+//! traits, [`Source`] and [`Target`], so that both ends also run in one process
+//! with fakes (`fake`).
 //!
 //! ```text
 //!   source                                   target
@@ -11,9 +12,13 @@
 //!   OCI runtime started, held at the gate
 //!   Manifest          ───────────────────▶   checks the ticket
 //!                     ◀───────────────────   Waiting
+//!   lanes             ═══════════════════▶
 //!   Pass 1..n (runs)  ───────────────────▶   applies
 //!                     ◀───────────────────   PassDone; OCI runtime started, held
+//!   round 1..n (runs) ═══════════════════▶   puts pages into its store
+//!                     ◀───────────────────   RoundDone
 //!   freeze
+//!   last round        ═══════════════════▶   leaves in the store what exists
 //!   last Pass, images ───────────────────▶   restores, and holds every process
 //!                                            journal: prepared
 //!                     ◀───────────────────   Prepared
@@ -21,8 +26,10 @@
 //!   Commit            ───────────────────▶   journal: running; releases
 //!                     ◀───────────────────   Running
 //!   journal: departed
-//!   ends its tasks
+//!   ends its tasks    ◀───────────────────   Filled: every page is in its place
 //! ```
+//!
+//! When the rounds end is [`policy`]; what they cost is [`report`].
 //!
 //! Who may run the container when is `docs/handoff.md`; [`handoff`] makes the
 //! wrong order a compile error.
@@ -30,13 +37,13 @@
 
 #[cfg(test)]
 mod both_ends;
+mod bulk;
 mod error;
 #[cfg(any(test, feature = "fake"))]
 pub mod fake;
 pub mod handoff;
 mod history;
 pub mod journal;
-mod lanes;
 mod limits;
 mod options;
 pub mod pages;

@@ -24,9 +24,9 @@ use transship_types::{Code, PageRange, PageSet, Refusal, Space, Ticket};
 use self::landing::Landing;
 use crate::{
     Journal, Manifest, MigrationError,
+    bulk::{hear, say, sync},
     error::chain,
     journal::State,
-    lanes::{hear, say, sync},
     limits,
     options::MAX_LANES,
     pages::PageSink,

@@ -18,7 +18,7 @@ use transship_types::{PageRange, Space};
 use transship_wire::{Reader, WireError};
 
 use super::{batch::Checked, on_a_thread};
-use crate::{MigrationError, lanes::hear, limits, options::MAX_LANES, source::Connecting};
+use crate::{MigrationError, bulk::hear, limits, options::MAX_LANES, source::Connecting};
 
 /// Where pages go. Called from every lane's thread at once.
 pub trait PageSink: Send + Sync + 'static {

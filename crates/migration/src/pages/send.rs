@@ -27,7 +27,7 @@ use super::{
     batch::{numbers, sort, space_name},
     on_a_thread,
 };
-use crate::{MigrationError, lanes::say, limits, source::Connect};
+use crate::{MigrationError, bulk::say, limits, source::Connect};
 
 /// How often whoever waits for a round hears how far it is.
 const PROGRESS: Duration = Duration::from_millis(100);

@@ -7,7 +7,7 @@ use transship_api::session::{Pass, shim_message::Message};
 use transship_link::Channel;
 use transship_rootfs::{Index, Layer, Totals};
 
-use crate::{MigrationError, lanes::send_pass, limits};
+use crate::{MigrationError, bulk::send_pass, limits};
 
 /// A layer on its way.
 pub(super) struct Passes {

@@ -19,7 +19,7 @@ use transship_types::PAGE;
 use super::{Connect, Progress, RoundProgress, Source, refusal, watched::Watched};
 use crate::{
     Budget, MigrationError, Options, Phase, Throttle,
-    lanes::{hear, say},
+    bulk::{hear, say},
     limits,
     options::{CAN_POST_COPY, PostCopy},
     pages::{PageSender, RoundTotals},

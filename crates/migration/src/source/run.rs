@@ -17,9 +17,9 @@ use super::{
 };
 use crate::{
     DepartError, Journal, Manifest, MigrationError, Options, Phase, Stopwatch,
+    bulk::{hear, say, send_images},
     error::chain,
     handoff::{Answer, Ending, Frozen, Guarded, guard},
-    lanes::{hear, say, send_images},
     limits,
     options::{CAN_POST_COPY, MAX_LANES, PostCopy},
     policy::Next,

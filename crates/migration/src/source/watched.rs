@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tokio::{sync::Mutex, task};
 use transship_memory::{Memory, MemoryError};
 
-use crate::{MigrationError, lanes::joined};
+use crate::{MigrationError, bulk::joined};
 
 /// Questions are put one at a time: one whose asker has gone may still be
 /// under way, and nothing may begin to watch after `disarm` has ended it.

@@ -14,7 +14,7 @@ use transship_types::{PageSet, Space};
 use super::{PageStore, Target, hear_source};
 use crate::{
     Manifest, MigrationError,
-    lanes::{joined, receive_image, receive_pass, say, sync, write_images},
+    bulk::{joined, receive_image, receive_pass, say, sync, write_images},
     limits,
     pages::PageReceiver,
     present::Presence,

@@ -1,5 +1,5 @@
-//! Bulk data between blocking files and the link: passes over the writable
-//! layer, and CRIU's images. Files are read and written on a thread of their
+//! Bulk data between blocking files and the first connection: passes over the
+//! writable layer, and CRIU's images. Files are read and written on a thread of their
 //! own; a short queue in between bounds the memory and couples both speeds.
 
 use std::{
