@@ -6,6 +6,7 @@
 #![deny(unsafe_code)]
 
 pub mod codec;
+mod container;
 mod dirty;
 mod error;
 mod faults;
@@ -13,6 +14,7 @@ mod inject;
 mod maps;
 mod obstacles;
 mod read;
+mod shared;
 mod spaces;
 mod stop;
 mod store;
@@ -20,9 +22,11 @@ mod store;
 mod sys;
 mod tracker;
 
+pub use container::ContainerMemory;
 pub use error::MemoryError;
 pub use faults::{FaultServer, Options as FaultOptions, Served, Serving, Source};
 pub use obstacles::obstacles;
+pub use shared::SharedObjects;
 pub use store::Store;
 pub use tracker::{Pids, Statistics, Tracker, Want};
 

@@ -3,6 +3,7 @@
 
 mod changes;
 mod random;
+mod shared;
 mod stops;
 mod store;
 mod sys;

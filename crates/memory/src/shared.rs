@@ -1,0 +1,389 @@
+//! Memory that belongs to no process alone: anonymous shared memory, memfds
+//! and SysV segments, object by object.
+//!
+//! Nothing tells what was written to such an object: it may be a process that
+//! has ended, a write(2) to the memfd, or one that shares it from elsewhere. So
+//! every round looks at every page, and compares its hash with that of what was
+//! last read for sending. A page that changes between the two is named again by
+//! the next round, whatever it changes to.
+//!
+//! Objects are read with pread and never mapped here: they may shrink at any
+//! time, which would end us by SIGBUS, and a read of a hole must not fill it.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    io,
+    os::unix::fs::{FileExt, MetadataExt},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use nix::{
+    errno::Errno,
+    sys::memfd::{MFdFlags, memfd_create},
+    unistd::{Whence, lseek},
+};
+use transship_types::{ADDRESS_LIMIT, PAGE, PageRange, PageSet, Space};
+use xxhash_rust::xxh3::xxh3_128;
+
+use crate::{Dirty, MemoryError, maps, tracker::Pids};
+
+/// Looked at with one read: within the processor's second-level cache.
+const CHUNK: u64 = 256 << 10;
+
+/// Pages whose hashes are kept together, so that a sparse object of a terabyte
+/// takes no more than what is in it.
+const BLOCK: usize = 512;
+
+/// The shared objects of a container.
+pub struct SharedObjects {
+    pids: Pids,
+    /// The kernel's own file system, on which all of them are. A file of a
+    /// container that only has such a name is on another.
+    device: u64,
+    objects: Mutex<BTreeMap<u64, Arc<Object>>>,
+}
+
+struct Object {
+    file: File,
+    sent: Mutex<Hashes>,
+}
+
+/// What was last read of each page; absent or 0: nothing.
+#[derive(Default)]
+struct Hashes(BTreeMap<u64, Box<[u128; BLOCK]>>);
+
+impl Hashes {
+    fn of(&self, page: u64) -> u128 {
+        let block = self.0.get(&(page / BLOCK as u64));
+        block.map_or(0, |block| block[page as usize % BLOCK])
+    }
+
+    fn set(&mut self, page: u64, hash: u128) {
+        let block = self.0.entry(page / BLOCK as u64).or_insert_with(|| Box::new([0; BLOCK]));
+        block[page as usize % BLOCK] = hash;
+    }
+}
+
+impl SharedObjects {
+    /// `pids` is asked anew in every round.
+    pub fn new(pids: Pids) -> Result<Self, MemoryError> {
+        let device = memfd_create(c"transship", MFdFlags::MFD_CLOEXEC)
+            .map_err(io::Error::from)
+            .and_then(|own| File::from(own).metadata())
+            .map_err(failed("finding the device of shared memory"))?
+            .dev();
+        Ok(Self { pids, device, objects: Mutex::default() })
+    }
+
+    /// What is not as it was when it was last read.
+    pub fn round(&self) -> Result<Dirty, MemoryError> {
+        Ok(self.last()?.0)
+    }
+
+    /// The same, and the pages that exist.
+    pub fn last(&self) -> Result<(Dirty, Vec<(Space, PageSet)>), MemoryError> {
+        let (mut dirty, mut present) = (Dirty::default(), Vec::new());
+        for (inode, object) in self.survey()? {
+            let (there, changed) = object.look().map_err(failed("looking at shared memory"))?;
+            dirty.spaces.push((Space::Shared(inode), changed));
+            present.push((Space::Shared(inode), there));
+        }
+        Ok((dirty, present))
+    }
+
+    /// As [`crate::Memory::read`]; remembers what it has read.
+    pub fn read(
+        &self,
+        object: u64,
+        ranges: &[PageRange],
+        mut into: &mut [u8],
+    ) -> Result<Vec<PageRange>, MemoryError> {
+        let found = self.objects().get(&object).cloned();
+        let Some(found) = found else {
+            into.fill(0);
+            return Ok(ranges.to_vec());
+        };
+        let mut gone = Vec::new();
+        for range in ranges {
+            let (bytes, rest) = into.split_at_mut(range.bytes() as usize);
+            gone.extend(found.read(*range, bytes).map_err(failed("reading shared memory"))?);
+            into = rest;
+        }
+        Ok(gone)
+    }
+
+    /// Lets go of all of them.
+    pub fn disarm(&self) {
+        self.objects().clear();
+    }
+
+    fn objects(&self) -> MutexGuard<'_, BTreeMap<u64, Arc<Object>>> {
+        self.objects.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The objects that somebody has mapped now.
+    fn survey(&self) -> Result<BTreeMap<u64, Arc<Object>>, MemoryError> {
+        let before = self.objects().clone();
+        let mut now = BTreeMap::new();
+        for pid in (self.pids)().map_err(failed("listing the processes"))? {
+            self.survey_process(pid, &before, &mut now).map_err(|source| MemoryError::Process {
+                what: "finding the shared memory",
+                pid,
+                source,
+            })?;
+        }
+        self.objects().clone_from(&now);
+        Ok(now)
+    }
+
+    fn survey_process(
+        &self,
+        pid: i32,
+        before: &BTreeMap<u64, Arc<Object>>,
+        now: &mut BTreeMap<u64, Arc<Object>>,
+    ) -> io::Result<()> {
+        let text = match fs::read(format!("/proc/{pid}/maps")) {
+            Err(error) if maps::gone(&error) => return Ok(()),
+            text => text?,
+        };
+        for (range, inode) in text.split(|&byte| byte == b'\n').filter_map(shared) {
+            if now.contains_key(&inode) {
+                continue;
+            }
+            let object = match before.get(&inode) {
+                Some(known) => known.clone(),
+                None => {
+                    // Opened anew: its place in the file is nobody else's.
+                    let file = match File::open(format!("/proc/{pid}/map_files/{range}")) {
+                        // Unmapped meanwhile, or the process is gone.
+                        Err(error) if maps::gone(&error) => continue,
+                        file => file?,
+                    };
+                    let meta = file.metadata()?;
+                    if meta.dev() != self.device || meta.ino() != inode {
+                        continue;
+                    }
+                    Arc::new(Object { file, sent: Mutex::default() })
+                }
+            };
+            now.insert(inode, object);
+        }
+        Ok(())
+    }
+}
+
+/// The range, as map_files names it, and the inode of a line of maps that may
+/// be one of them: `start-end perms offset device inode name`.
+fn shared(line: &[u8]) -> Option<(&str, u64)> {
+    let mut fields = line.splitn(6, |&byte| byte == b' ');
+    let range = str::from_utf8(fields.next()?).ok()?;
+    let permissions = fields.next()?;
+    let inode = str::from_utf8(fields.nth(2)?).ok()?.parse().ok()?;
+    let name = fields.next()?.trim_ascii_start();
+    let ours = [&b"/dev/zero"[..], b"/memfd:", b"/SYSV"].iter().any(|n| name.starts_with(n));
+    let deleted = name.ends_with(b" (deleted)");
+    (permissions.get(3) == Some(&b's') && ours && deleted).then_some((range, inode))
+}
+
+impl Object {
+    fn sent(&self) -> MutexGuard<'_, Hashes> {
+        self.sent.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The pages that exist, and those of them that have changed.
+    fn look(&self) -> io::Result<(PageSet, PageSet)> {
+        let (mut there, mut changed) = (PageSet::new(), PageSet::new());
+        let mut buffer = vec![0; CHUNK as usize];
+        let mut at = 0;
+        while let Some(extent) = self.extent(at)? {
+            at = extent.end();
+            there.insert(extent);
+            let mut left = Some(extent);
+            while let Some((now, rest)) = left.map(|range| range.split(CHUNK / PAGE)) {
+                left = rest;
+                let bytes = &mut buffer[..now.bytes() as usize];
+                fill(&self.file, now.start(), bytes)?;
+                let sent = self.sent();
+                changed.extend(&differing(now, bytes, |page| sent.of(page)));
+            }
+        }
+        Ok((there, changed))
+    }
+
+    /// The next run of pages that exist, from `at` on. Swapped ones do.
+    fn extent(&self, at: u64) -> io::Result<Option<PageRange>> {
+        let seek = |at: u64, whence| match lseek(&self.file, at as i64, whence) {
+            Ok(found) => Ok(Some(found as u64)),
+            // Nothing behind it, or it has become shorter than that.
+            Err(Errno::ENXIO) => Ok(None),
+            Err(error) => Err(io::Error::from(error)),
+        };
+        let Some(start) = seek(at, Whence::SeekData)? else { return Ok(None) };
+        let start = start / PAGE * PAGE;
+        let end = seek(start, Whence::SeekHole)?.unwrap_or(start + PAGE);
+        let end = end.next_multiple_of(PAGE).max(start + PAGE);
+        // An offset that is no page address would be an object beyond any
+        // machine's memory.
+        let range = PageRange::new(start, end.min(ADDRESS_LIMIT));
+        range.map(Some).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
+    }
+
+    /// Answers what is beyond its end.
+    fn read(&self, range: PageRange, into: &mut [u8]) -> io::Result<Option<PageRange>> {
+        let read = fill(&self.file, range.start(), into)?;
+        let hashes: Vec<_> = into[..read].chunks(PAGE as usize).map(hash).collect();
+        let mut sent = self.sent();
+        for (page, hash) in (range.start() / PAGE..).zip(hashes) {
+            sent.set(page, hash);
+        }
+        // A last page that is half beyond the end is still a page.
+        let end = range.start() + (read as u64).next_multiple_of(PAGE);
+        Ok(PageRange::new(end, range.end()).ok())
+    }
+}
+
+/// Never 0, which says that nothing was read.
+fn hash(page: &[u8]) -> u128 {
+    xxh3_128(page).max(1)
+}
+
+fn differing(range: PageRange, bytes: &[u8], sent: impl Fn(u64) -> u128) -> PageSet {
+    let pages = (range.start()..).step_by(PAGE as usize).zip(bytes.chunks(PAGE as usize));
+    let differ = pages.filter(|(start, bytes)| hash(bytes) != sent(start / PAGE));
+    // One page of a range that was checked.
+    differ.filter_map(|(start, _)| PageRange::of_pages(start, 1).ok()).collect()
+}
+
+/// Reads up to the end of the file; the rest becomes zero.
+fn fill(file: &File, start: u64, into: &mut [u8]) -> io::Result<usize> {
+    let mut read = 0;
+    while read < into.len() {
+        match file.read_at(&mut into[read..], start + read as u64) {
+            Ok(0) => break,
+            Ok(n) => read += n,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    into[read..].fill(0);
+    Ok(read)
+}
+
+fn failed(what: &'static str) -> impl Fn(io::Error) -> MemoryError {
+    move |source| MemoryError::System { what, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+
+    fn object(bytes: u64) -> Object {
+        let file = File::from(memfd_create(c"test", MFdFlags::MFD_CLOEXEC).unwrap());
+        file.set_len(bytes).unwrap();
+        Object { file, sent: Mutex::default() }
+    }
+
+    fn range(first: u64, last: u64) -> PageRange {
+        PageRange::new(first * PAGE, last * PAGE).unwrap()
+    }
+
+    fn set(ranges: &[(u64, u64)]) -> PageSet {
+        ranges.iter().map(|&(first, last)| range(first, last)).collect()
+    }
+
+    fn write(object: &Object, page: u64, byte: u8) {
+        object.file.write_all_at(&[byte], page * PAGE + 77).unwrap();
+    }
+
+    fn take(object: &Object, pages: &PageSet) {
+        for range in pages.iter() {
+            object.read(range, &mut vec![0; range.bytes() as usize]).unwrap();
+        }
+    }
+
+    #[test]
+    fn lines_of_maps_that_may_be_shared_objects() {
+        for (line, found) in [
+            ("7f00-7f10 rw-s 00000000 00:01 99      /dev/zero (deleted)", Some(99)),
+            ("7f00-7f10 r--s 00001000 00:01 98      /memfd:with space (deleted)", Some(98)),
+            ("7f00-7f10 rw-s 00000000 00:01 97      /SYSV0052e2c1 (deleted)", Some(97)),
+            ("7f00-7f10 rw-p 00000000 00:01 96      /memfd:private (deleted)", None),
+            ("7f00-7f10 rw-s 00000000 fe:00 95      /data/file", None),
+            ("7f00-7f10 rw-s 00000000 fe:00 94      /dev/zero", None),
+            ("7f00-7f10 rw-p 00000000 00:00 0 ", None),
+            ("", None),
+        ] {
+            assert_eq!(shared(line.as_bytes()).map(|(_, inode)| inode), found, "{line}");
+        }
+    }
+
+    #[test]
+    fn holes_are_not_there_and_stay_holes() {
+        let object = object(1 << 40);
+        for page in [0, 1, 5, 700, 1 << 27] {
+            write(&object, page, 1);
+        }
+        let there = set(&[(0, 2), (5, 6), (700, 701), (1 << 27, (1 << 27) + 1)]);
+        assert_eq!(object.look().unwrap(), (there.clone(), there.clone()));
+        take(&object, &set(&[(0, 10), (690, 710)]));
+        let far = set(&[(1 << 27, (1 << 27) + 1)]);
+        assert_eq!(object.look().unwrap(), (there, far));
+        assert_eq!(object.file.metadata().unwrap().blocks() * 512, 5 * PAGE);
+    }
+
+    #[test]
+    fn what_differs_from_what_was_read_is_named() {
+        let object = object(100 * PAGE);
+        for page in 0..100 {
+            write(&object, page, 1);
+        }
+        take(&object, &set(&[(0, 100)]));
+        assert!(object.look().unwrap().1.is_empty());
+        write(&object, 3, 2);
+        write(&object, 50, 2);
+        assert_eq!(object.look().unwrap().1, set(&[(3, 4), (50, 51)]));
+        // Written again before it is read, and back to what it was after.
+        write(&object, 3, 3);
+        take(&object, &set(&[(3, 4), (50, 51)]));
+        write(&object, 3, 2);
+        assert_eq!(object.look().unwrap().1, set(&[(3, 4)]));
+        // Nobody read it in between: the target still has what it holds now.
+        write(&object, 3, 3);
+        assert!(object.look().unwrap().1.is_empty());
+    }
+
+    #[test]
+    fn an_object_may_shrink_at_any_time() {
+        let object = object(10 * PAGE);
+        (0..10).for_each(|page| write(&object, page, 1));
+        object.file.set_len(4 * PAGE + 100).unwrap();
+        let mut bytes = vec![9; 6 * PAGE as usize];
+        assert_eq!(object.read(range(2, 8), &mut bytes).unwrap(), Some(range(5, 8)));
+        assert!(bytes[3 * PAGE as usize..].iter().all(|byte| *byte == 0));
+        assert_eq!(object.read(range(8, 10), &mut bytes[..8192]).unwrap(), Some(range(8, 10)));
+        assert_eq!(object.look().unwrap().0, set(&[(0, 5)]));
+        object.file.set_len(0).unwrap();
+        assert_eq!(object.look().unwrap(), Default::default());
+    }
+
+    /// Not a test but a measurement:
+    /// `cargo test --release -p transship-memory shared -- --ignored --nocapture`
+    #[test]
+    #[ignore = "a measurement, which proves nothing on a busy machine"]
+    fn speed() {
+        const PAGES: u64 = 1 << 17;
+        let object = object(PAGES * PAGE);
+        object.file.write_all_at(&vec![7; (PAGES * PAGE) as usize], 0).unwrap();
+        for _ in 0..3 {
+            let begin = Instant::now();
+            let (there, changed) = object.look().unwrap();
+            let seconds = begin.elapsed().as_secs_f64();
+            assert_eq!(there.pages(), PAGES);
+            println!("{:.2} GB/s", (PAGES * PAGE) as f64 / seconds / 1e9);
+            take(&object, &changed);
+        }
+    }
+}
