@@ -121,11 +121,11 @@ fn while_the_shims_have_it() -> Result<()> {
         cancelled(world, command)?;
         criu.open()?;
 
-        // The target's CRIU is being started: the container is frozen.
+        // The target's CRIU is being started, and the first round waits for it.
         let criu = b.gate("criu")?;
         criu.shut_for("swrk")?;
         let command = begin(world)?;
-        await_shims(world, "dump")?;
+        await_shims(world, "rounds")?;
         criu.await_one()?;
         interrupt(world, &command)?;
         criu.open()?;
@@ -179,7 +179,7 @@ fn by_time_and_by_command() -> Result<()> {
 
         criu.shut_for("swrk")?;
         let command = begin(world)?;
-        let migration = a.await_phase(ID, "dump")?;
+        let migration = a.await_phase(ID, "rounds")?;
         let busy = refused_with(a.transship(&["migrate", ID, "--to", "b"])?, "busy")?;
         ensure!(busy.reason.contains(&migration) && busy.remedy.contains("cancel"), "{busy:#?}");
 
