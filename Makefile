@@ -5,11 +5,13 @@ UNITDIR ?= $(PREFIX)/lib/systemd/system
 CARGO ?= cargo
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 
-.PHONY: help deps build demo test bench-shim install clean
+.PHONY: help deps build demo test bench bench-quick bench-shim install clean
 
 help:
 	@echo "make demo        show it: a Redis with a writing client moves to another node and back"
 	@echo "make test        everything: unit tests, both ends in one process, the real thing"
+	@echo "make bench       pauses and throughput beside CRIU's own ways (docs/benchmarks.md)"
+	@echo "make bench-quick the same in under four minutes, for seven figures"
 	@echo "make bench-shim  our shim beside containerd's own for runc: start time and memory"
 	@echo "make build       release binaries in $(TARGET)/release"
 	@echo "make install     binaries, both names of the shim, systemd unit (PREFIX=$(PREFIX))"
@@ -31,6 +33,12 @@ test: deps
 	$(CARGO) build --workspace --bins
 	$(CARGO) test --workspace --exclude transship-integration
 	$(CARGO) test --package transship-integration -- --test-threads=1
+
+bench: build
+	@$(TARGET)/release/bench
+
+bench-quick: build
+	@$(TARGET)/release/bench --quick
 
 bench-shim: build
 	@$(TARGET)/release/bench-shim

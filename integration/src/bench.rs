@@ -10,8 +10,9 @@ pub mod criu;
 pub mod execs;
 pub mod ours;
 pub mod raw;
+pub mod trace;
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, str::FromStr, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use nix::time::{ClockId, clock_gettime};
@@ -65,6 +66,19 @@ impl Load {
     }
 }
 
+/// `MIB` or `MIB@RATE`.
+impl FromStr for Load {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let (mib, rate) = text.split_once('@').unwrap_or((text, "0"));
+        let number = |text: &str| {
+            text.parse().with_context(|| format!("{text:?} in a load (MIB or MIB@MIB_PER_S)"))
+        };
+        Ok(Self { mib: number(mib)?, rate: number(rate)? })
+    }
+}
+
 /// One move of one contestant.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct Move {
@@ -72,6 +86,8 @@ pub struct Move {
     pub pause_ms: f64,
     pub ticker_ms: f64,
     pub client_ms: f64,
+    /// When the ticker's gap began, by [`now`].
+    pub pause_start_ns: u64,
     /// By the contestant's own count.
     pub own_ms: Option<f64>,
     /// From the request until all memory was there.
@@ -100,6 +116,7 @@ impl Move {
             pause_ms: ms(pause.gap_ns),
             ticker_ms: ms(ticker.gap_ns),
             client_ms: ms(answer.client.gap_ns),
+            pause_start_ns: ticker.start_ns,
             total_ms: ms(filled.saturating_sub(begun)),
             until_filled_ms: ms(filled.saturating_sub(end)),
             execs: execs.between(ticker.start_ns, ticker.start_ns + ticker.gap_ns)?,
@@ -178,5 +195,13 @@ mod tests {
     fn a_load_is_divided_among_all_threads() {
         assert_eq!(Load::idle(16).pages(), 4096);
         assert_eq!(Load { mib: 1024, rate: 50 }.name(), "1 GiB, 50 MiB/s");
+    }
+
+    #[test]
+    fn loads_are_read_as_they_are_written() -> Result<()> {
+        assert_eq!("256".parse::<Load>()?, Load::idle(256));
+        assert_eq!("1024@50".parse::<Load>()?, Load { mib: 1024, rate: 50 });
+        assert!("1024@".parse::<Load>().is_err());
+        Ok(())
     }
 }

@@ -15,11 +15,18 @@ use crate::{
 
 const RUNTIME: &str = "io.containerd.transship.v2";
 
+static COUNT: AtomicU32 = AtomicU32::new(0);
+
+/// The name of the container that [`migrate`] will move next.
+pub fn next_id() -> String {
+    format!("ours-{}", COUNT.load(Ordering::Relaxed))
+}
+
 /// Moves a workload from node `a` to node `b` with more arguments for
 /// `transship migrate`.
 pub fn migrate(load: Load, pair: &Pair, more: &[&str], watch: &Watch) -> Result<Move> {
-    static COUNT: AtomicU32 = AtomicU32::new(0);
-    let id = format!("ours-{}", COUNT.fetch_add(1, Ordering::Relaxed));
+    let id = next_id();
+    COUNT.fetch_add(1, Ordering::Relaxed);
     let Pair { a, b } = pair;
     let image = a.image(Image::Workload)?;
     let command = load.command();

@@ -81,14 +81,7 @@ impl Options {
             match word.as_str() {
                 "--quick" => options.quick = true,
                 "--runs" => options.runs = value()?.parse().context(USAGE)?,
-                "--load" => {
-                    let text = value()?;
-                    let (mib, rate) = text.split_once('@').unwrap_or((&text, "0"));
-                    let (mib, rate) = (mib.parse(), rate.parse());
-                    options
-                        .loads
-                        .push(Load { mib: mib.context(USAGE)?, rate: rate.context(USAGE)? });
-                }
+                "--load" => options.loads.push(value()?.parse()?),
                 _ => bail!("{word}: {USAGE}"),
             }
         }
