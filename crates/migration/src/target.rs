@@ -176,18 +176,22 @@ async fn until_commit<T: Target>(
 
     let mut landing = Landing::new(channel, store);
     landing.lanes(target, lanes).await?;
-    let present = landing.receive(target, &manifest).await?;
+    let landed = landing.receive(target, &manifest).await?;
     // What the container had made durable must be so here before the source
-    // gives it up; the disk works while CRIU does.
+    // gives it up; the disk works while CRIU does. Without need nobody waits
+    // for a disk that others use too.
     let root = target.root();
+    let syncing = async { if landed.unsynced { sync(root).await } else { Ok(()) } };
     let begun = Instant::now();
-    let restoring = timeout(limits::RESTORE, target.restore(present));
-    let (restored, synced) = tokio::join!(restoring, sync(root));
+    let restoring = async {
+        let restored = timeout(limits::RESTORE, target.restore(landed.present)).await;
+        (restored, begun.elapsed())
+    };
+    let ((restored, took), synced) = tokio::join!(restoring, syncing);
     let restored = restored.map_err(|_| MigrationError::Timeout {
         what: "CRIU's restore",
         seconds: limits::RESTORE.as_secs(),
     })??;
-    let took = begun.elapsed();
     synced?;
 
     journal.record(State::Prepared)?;

@@ -23,8 +23,18 @@ use crate::{
 pub(super) struct Landing<'a> {
     channel: &'a mut Channel,
     pages: Pages,
+    /// The last pass over the writable layer brought something.
+    changed: bool,
     /// Came while lanes were still awaited.
     early: Option<Message>,
+}
+
+/// What has come in.
+pub(super) struct Landed {
+    /// The pages that exist; none: CRIU's images have them all.
+    pub present: Vec<(Space, PageSet)>,
+    /// The layer has changed since it was last made durable.
+    pub unsynced: bool,
 }
 
 /// Pages that come by lane.
@@ -47,7 +57,7 @@ impl<'a> Landing<'a> {
             store,
             presence: Presence::default(),
         });
-        Self { channel, pages, early: None }
+        Self { channel, pages, changed: false, early: None }
     }
 
     /// Takes in the lanes, which the source makes before it says anything.
@@ -78,12 +88,12 @@ impl<'a> Landing<'a> {
         Ok(())
     }
 
-    /// Returns the pages that exist once everything is here.
+    /// Returns once everything is here.
     pub async fn receive<T: Target>(
         mut self,
         target: &mut T,
         manifest: &Manifest,
-    ) -> Result<Vec<(Space, PageSet)>, MigrationError> {
+    ) -> Result<Landed, MigrationError> {
         let mut prepared = false;
         let mut images = 0;
         loop {
@@ -149,8 +159,10 @@ impl<'a> Landing<'a> {
 
     async fn pass<T: Target>(&mut self, pass: Pass, target: &T) -> Result<(), MigrationError> {
         let totals = receive_pass(&mut self.channel.reader, &target.root()).await?;
-        if !pass.last {
-            // Takes the load off the sync within the pause.
+        if pass.last {
+            self.changed = totals.entries > 0;
+        } else {
+            // So that there is less to do within the pause, mostly nothing.
             sync(target.root()).await?;
         }
         info!(pass = pass.number, last = pass.last, bytes = totals.bytes, "pass applied");
@@ -189,12 +201,15 @@ impl<'a> Landing<'a> {
         Ok(())
     }
 
-    async fn end(self) -> Result<Vec<(Space, PageSet)>, MigrationError> {
-        match self.pages {
-            Pages::No => Ok(Vec::new()),
-            Pages::Settling(settling) => joined(settling.await),
-            Pages::Coming { .. } => Err(MigrationError::malformed("images before the last round")),
-        }
+    async fn end(self) -> Result<Landed, MigrationError> {
+        let present = match self.pages {
+            Pages::No => Vec::new(),
+            Pages::Settling(settling) => joined(settling.await)?,
+            Pages::Coming { .. } => {
+                return Err(MigrationError::malformed("images before the last round"));
+            }
+        };
+        Ok(Landed { present, unsynced: self.changed })
     }
 }
 
