@@ -16,7 +16,8 @@ use crate::{Backend, MemoryError, spaces::Process};
 pub(crate) struct Pages {
     /// Those that changed since the last round, and maybe some that did not.
     pub dirty: PageSet,
-    /// Those that exist and belong to this process alone.
+    /// Those that exist and belong to this process alone, and maybe some that
+    /// turned into the page of zeroes after they had been named.
     pub present: PageSet,
 }
 

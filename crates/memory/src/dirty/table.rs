@@ -40,7 +40,7 @@ pub(crate) struct Categories {
 /// of the time: the kernel would have to look at each page itself rather than
 /// at the page tables alone.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Own {
+pub(crate) struct Own {
     foreign: u64,
 }
 
@@ -82,6 +82,24 @@ impl Own {
     /// The same, told apart by whether they are watched, written and swapped.
     pub fn look(self) -> pagemap::Filter {
         self.own(WATCHED | WRITTEN | SWAPPED)
+    }
+
+    /// Everything that may differ from what was last known: pages that were
+    /// written or are not watched, and places without a page. What is left
+    /// out is watched, unwritten and there.
+    pub fn news(self) -> pagemap::Filter {
+        pagemap::Filter {
+            flags: 0,
+            required: 0,
+            inverted: PRESENT,
+            any: WRITTEN | PRESENT,
+            tell: WATCHED | WRITTEN | PRESENT | SWAPPED | self.foreign,
+        }
+    }
+
+    /// Whether a region of those is pages of the process's own.
+    pub fn holds(self, region: &Region) -> bool {
+        region.categories & self.foreign == 0 && region.categories & (PRESENT | SWAPPED) != 0
     }
 
     /// The same, all of them.

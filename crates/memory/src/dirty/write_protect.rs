@@ -42,11 +42,15 @@ pub(super) struct WriteProtect {
     uffd: Option<Userfaultfd>,
     /// Watched by a userfaultfd of the process's own: not ours to reset.
     foreign: PageSet,
+    /// Every page of the process's own that has ever been protected, those of
+    /// files aside: named by a round, and maybe gone since. With it the last
+    /// scan need not name what has not changed, which is nearly everything.
+    known: PageSet,
 }
 
 impl WriteProtect {
     pub fn new(categories: Categories) -> Self {
-        Self { categories, uffd: None, foreign: PageSet::new() }
+        Self { categories, uffd: None, foreign: PageSet::new(), known: PageSet::new() }
     }
 
     /// Names what was written in the mappings that are watched, and answers
@@ -80,6 +84,7 @@ impl WriteProtect {
 
     fn attach(&mut self, process: &Process, cost: &mut Cost) {
         self.foreign = PageSet::new();
+        self.known = PageSet::new();
         let taken = match inject::userfaultfd_of(process) {
             Ok(taken) => taken,
             Err(refused) => {
@@ -137,10 +142,8 @@ impl WriteProtect {
             }
         }
     }
-}
 
-impl Watch for WriteProtect {
-    fn round(&mut self, process: &Process, cost: &mut Cost) -> io::Result<PageSet> {
+    fn scan(&mut self, process: &Process, cost: &mut Cost) -> io::Result<PageSet> {
         let begin = Instant::now();
         let maps = maps::of(process.pid)?;
         let Some(mut pagemap) = Pagemap::open(process.pid)? else { return Ok(PageSet::new()) };
@@ -158,26 +161,63 @@ impl Watch for WriteProtect {
             self.adopt(mapping, &mut pagemap, &mut dirty)?;
         }
         cost.arming = begin.elapsed() - cost.scanning;
-        Ok(dirty.finish())
+        let dirty = dirty.finish();
+        // Nothing is taken out again here: maps that are read while they
+        // change may lack a mapping that is there and watched.
+        self.known.extend(&dirty);
+        Ok(dirty)
+    }
+}
+
+impl Watch for WriteProtect {
+    fn round(&mut self, process: &Process, cost: &mut Cost) -> io::Result<PageSet> {
+        self.scan(process, cost).inspect_err(|_| {
+            // Pages may have been protected and not named: nothing that is
+            // known holds any more.
+            self.uffd = None;
+            self.known = PageSet::new();
+        })
     }
 
     fn look(&self, process: &Process) -> io::Result<Pages> {
         let maps = maps::of(process.pid)?;
         let Some(mut pagemap) = Pagemap::open(process.pid)? else { return Ok(Pages::default()) };
-        let (mut dirty, mut present) = (Collector::default(), Collector::default());
+        let (mut dirty, mut present, mut holes) = <(Collector, Collector, Collector)>::default();
         for (span, file) in spans(&maps) {
-            let filter = self.categories.within(file).look();
-            pagemap.scan(span, &filter, |region| {
-                present.add(region.start, region.end);
-                if self.uffd.is_none() || changed(region) || (file && reverted(region)) {
+            let own = self.categories.within(file);
+            if file {
+                pagemap.scan(span, &own.look(), |region| {
+                    present.add(region.start, region.end);
+                    if self.uffd.is_none() || changed(region) || reverted(region) {
+                        dirty.add(region.start, region.end);
+                    }
+                })?;
+                continue;
+            }
+            pagemap.scan(span, &own.news(), |region| {
+                if !own.holds(region) {
+                    holes.add(region.start, region.end);
+                } else if self.uffd.is_none() || changed(region) {
                     dirty.add(region.start, region.end);
+                    present.add(region.start, region.end);
+                } else {
+                    // In swap, as it was.
+                    present.add(region.start, region.end);
                 }
             })?;
         }
         let (mut dirty, present) = (dirty.finish(), present.finish());
+        let mut all = self.known.intersection(&anonymous(&maps));
+        all.subtract(&holes.finish());
+        all.extend(&present);
         for range in self.foreign.iter() {
-            present.within(range).for_each(|part| dirty.insert(part));
+            all.within(range).for_each(|part| dirty.insert(part));
         }
-        Ok(Pages { dirty, present })
+        Ok(Pages { dirty, present: all })
     }
+}
+
+/// The mappings that move and show no file.
+fn anonymous(maps: &[Mapping]) -> PageSet {
+    maps.iter().filter(|mapping| mapping.moves() && !mapping.file).map(|m| m.range).collect()
 }
