@@ -121,6 +121,8 @@ pub struct FakeSource {
     pub connect: Option<Connect>,
     /// Pages cannot be hidden from CRIU.
     pub hides_nothing: bool,
+    /// A tree that travels as its writable layer.
+    pub layer: Option<PathBuf>,
     images: PathBuf,
 }
 
@@ -135,6 +137,7 @@ impl FakeSource {
             memory: None,
             connect: None,
             hides_nothing: false,
+            layer: None,
             images: images.into(),
         }
     }
@@ -147,7 +150,7 @@ impl FakeSource {
 #[async_trait]
 impl Source for FakeSource {
     fn layer(&self) -> Option<Layer> {
-        None
+        self.layer.as_deref().map(Layer::whole)
     }
 
     fn images(&self) -> PathBuf {
@@ -230,7 +233,9 @@ pub struct FakeTarget {
 impl FakeTarget {
     pub fn new(directory: &Path, fails: Option<Step>) -> Self {
         let (images, journals) = (directory.join("images"), directory.join("journal"));
-        fs::create_dir_all(&images).expect("a directory for images");
+        for made in [&images, &directory.join("root")] {
+            fs::create_dir_all(made).expect("a directory");
+        }
         Self {
             running: false,
             fails,
@@ -254,7 +259,7 @@ impl FakeTarget {
 #[async_trait]
 impl Target for FakeTarget {
     fn root(&self) -> PathBuf {
-        self.images.clone()
+        self.images.with_file_name("root")
     }
 
     fn images(&self) -> PathBuf {

@@ -1,7 +1,10 @@
 //! The same with memory that travels by lane.
 
 use std::{
-    sync::{Arc, atomic::Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
     time::Duration,
 };
 
@@ -173,6 +176,35 @@ async fn a_target_that_takes_no_lanes_gets_images() {
     let world = World::run(Setup { store: false, ..with_memory() }, |_, _, _| {}).await;
     world.departed("no store");
     assert!(world.departure.memory.is_none());
+}
+
+#[tokio::test]
+async fn files_written_in_a_long_first_round_do_not_wait_for_the_pause() {
+    let layer = tempfile::tempdir().unwrap();
+    let file = layer.path().join("log");
+    std::fs::write(&file, "before").unwrap();
+    let memory = Some(Arc::new(FakeMemory::new(2500, 100, None)));
+    // 20 MB take longer than a round that counts as long.
+    let limit = Arc::new(RateLimit::new(6_000_000));
+    let options = Options { limit, compress: Compress::Never, ..Options::default() };
+    let setup = Setup { memory, options, layer: Some(layer.path().into()), ..Setup::default() };
+    let passes = AtomicU32::new(0);
+    let world = World::run(setup, |now, _, _| match (now.phase, now.round) {
+        (Phase::Rounds, Some(round)) if round.number == 1 => {
+            std::fs::write(&file, "within the first round").unwrap();
+        }
+        // What a pass says of itself.
+        (Phase::Rounds, None) if now.bytes > 0 => {
+            passes.fetch_add(1, Ordering::SeqCst);
+        }
+        (Phase::Freeze, _) => std::fs::write(&file, "at the freeze").unwrap(),
+        _ => {}
+    })
+    .await;
+    world.departed("a long first round");
+    assert_eq!(passes.into_inner(), 1, "between the first two rounds");
+    let arrived = world.directory.path().join("root").join("log");
+    assert_eq!(std::fs::read_to_string(arrived).unwrap(), "at the freeze");
 }
 
 /// Writes 1 MiB whenever nobody looks, over a link of 8 MB/s.

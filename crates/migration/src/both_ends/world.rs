@@ -1,7 +1,7 @@
 //! Two ends and the links between them, for one migration.
 
 use std::{
-    path::Path,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, atomic::Ordering},
     time::Duration,
 };
@@ -75,6 +75,7 @@ pub struct Setup {
     /// The target takes pages by lane.
     pub store: bool,
     pub hides_nothing: bool,
+    pub layer: Option<PathBuf>,
     pub options: Options,
     /// Ends the arrival, as a Kill of the container that is to come does.
     pub cancel_arrival: CancellationToken,
@@ -89,6 +90,7 @@ impl Default for Setup {
             memory: None,
             store: true,
             hides_nothing: false,
+            layer: None,
             options: Options::default(),
             cancel_arrival: CancellationToken::new(),
         }
@@ -129,6 +131,7 @@ impl World {
         source.connect = Some(connect(queue, cuts.lanes.clone(), setup.source_fails));
         source.memory = setup.memory;
         source.hides_nothing = setup.hides_nothing;
+        source.layer = setup.layer;
         target.lanes = Some(lanes);
         let fails = setup.target_fails;
         target.store = setup.store.then(|| Arc::new(FakeStore::new(fails)));
