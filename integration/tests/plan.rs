@@ -132,6 +132,40 @@ fn a_plan_is_plausible_and_leaves_everything_as_it_was() -> Result<()> {
     })
 }
 
+/// With almost no bandwidth it would take minutes.
+#[test]
+fn the_bandwidth_of_a_migration_changes_while_it_runs() -> Result<()> {
+    with_agents(|a, b| {
+        start(a, &["--mib", "64"])?.verify()?;
+        let begun = a.begin(&["migrate", ID, "--to", "b", "--bandwidth", "400KiB/s"])?;
+        let migration = a.await_phase(ID, "rounds")?;
+        let status = a.answer(&["status", &migration])?;
+        ensure!(status["progress"]["phase"] == "rounds", "{status:#}");
+        ensure!(status["report"].is_null(), "{status:#}");
+
+        // At the target there is nothing to change.
+        let limit = ["limit", &migration, "--bandwidth", "none"];
+        match b.transship(&limit)? {
+            Ok(answer) => anyhow::bail!("the target takes it: {answer:#}"),
+            Err(refused) => ensure!(refused.reason.contains("is sent by a"), "{refused:#?}"),
+        }
+        let answer = a.answer(&limit)?;
+        ensure!(answer["bandwidth"].is_null(), "{answer:#}");
+        let report = begun.end()?.map_err(|refused| anyhow::anyhow!("{refused:#?}"))?;
+        ensure!(report["memory"]["rounds"].as_array().is_some_and(|r| !r.is_empty()), "{report:#}");
+        Workload::of(b, ID)?.verify()?;
+
+        // The same report again; and nothing that could be changed any more.
+        let status = a.answer(&["status", &migration])?;
+        ensure!(status["report"] == report, "{status:#}");
+        match a.transship(&limit)? {
+            Ok(answer) => anyhow::bail!("it has ended: {answer:#}"),
+            Err(refused) => ensure!(refused.reason.contains("has ended"), "{refused:#?}"),
+        }
+        Ok(())
+    })
+}
+
 #[test]
 fn what_cannot_be_planned_and_what_would_be_refused() -> Result<()> {
     with_agents(|a, b| {
@@ -161,11 +195,19 @@ fn what_cannot_be_planned_and_what_would_be_refused() -> Result<()> {
             ("--bandwidth=fast", "1Gbit/s"),
             ("--throttle=maybe", "auto, never"),
         ] {
+            // Both have them.
             for verb in ["plan", "migrate"] {
                 let said = a.sh(&format!("transship {verb} {ID} --to b {flag} 2>&1; echo =$?"))?;
                 ensure!(said.contains(words) && said.trim().ends_with("=2"), "{flag}: {said}");
             }
         }
+        // What the engine cannot do is refused before anything moves.
+        let refused = match a.transship(&["migrate", ID, "--to", "b", "--post-copy", "always"])? {
+            Ok(report) => anyhow::bail!("post-copy is possible now: {report:#}"),
+            Err(refused) => refused,
+        };
+        ensure!(refused.code == "unsupported", "{refused:#?}");
+        ensure!(refused.error["ending"] == "stayed-home", "{refused:#?}");
         untouched(a)
     })
 }
