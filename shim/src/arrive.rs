@@ -8,15 +8,21 @@
 
 mod inbound;
 
-use std::{fs, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    fs::{self, File},
+    os::fd::AsRawFd,
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use futures::future::BoxFuture;
 use tokio_util::sync::CancellationToken;
-use transship_criu::{Remembered, images::MemoryDir};
+use transship_criu::{Remembered, images::MemoryDir, pages};
 use transship_link::arrivals;
 use transship_migration::{
-    Connecting, Journal, Manifest, MigrationError, PageStore, Target,
+    Connecting, Journal, Manifest, MigrationError, PageStore, Target, chain,
     journal::{Role, Subject},
     report::{Fill, Restored},
 };
@@ -27,7 +33,7 @@ use crate::{
     container::Revival,
     error::{Error, Result},
     fill::{Arrived, Filling},
-    held::Held,
+    held::{Held, LOG_LEVEL},
     netns,
     restore::{DESCRIPTORS, external_descriptors, stand_in},
 };
@@ -68,8 +74,16 @@ pub async fn arrive(
     let images = Arc::new(images);
     let inbound = Inbound::new().map_err(Error::other(failed("there is no memory for it")))?;
     let failed = format!("container {id} did not arrive from {peer}");
-    let mut landing =
-        Landing { revival, images, peer, ticket, remembered: None, held: None, inbound };
+    let mut landing = Landing {
+        revival,
+        images,
+        peer,
+        ticket,
+        remembered: None,
+        held: None,
+        inbound,
+        network: None,
+    };
     let arrived = transship_migration::arrive(channel, &mut landing, ticket, cancel).await;
     let arrived = arrived.map_err(|error| match error {
         MigrationError::Cancelled => Error::killed_unborn(&id),
@@ -89,6 +103,13 @@ struct Landing<'a> {
     held: Option<Held>,
     /// Pages come on lanes of their own.
     inbound: Inbound,
+    /// Made for it, with CRIU in it.
+    network: Option<File>,
+}
+
+/// For processes that see our `/proc`.
+fn own_path(file: &File) -> PathBuf {
+    PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd()))
 }
 
 impl Landing<'_> {
@@ -129,7 +150,13 @@ impl Target for Landing<'_> {
         stand_in(&mut command, self.revival, &external).map_err(started)?;
         command.arg(self.revival.id());
         let context = self.revival.context.clone();
-        let held = Held::start(&context.oci, command, work.join("restore.log")).await?;
+        let spec = context.spec().map_err(started)?;
+        if netns::can_be_shared(&spec) {
+            self.network = Some(netns::make().await.map_err(started)?);
+        }
+        let network = self.network.as_ref().map(own_path);
+        let log = work.join("restore.log");
+        let held = Held::start_in(network, &context.oci, command, log).await?;
         self.held.insert(held).lock_network_quickly().await
     }
 
@@ -149,7 +176,13 @@ impl Target for Landing<'_> {
         let remembered = self.remembered.take();
         let spec = self.revival.context.spec();
         let spec = spec.map_err(|error| MigrationError::runtime("restore", error.sentence()))?;
-        let fresh_network = netns::is_made_by_runtime(&spec);
+        let of_its_own = netns::is_made_by_runtime(&spec);
+        let shared = pages::shares_network(&self.images)
+            .map_err(|error| MigrationError::runtime("restore", chain(&error)))?;
+        if of_its_own && shared && self.network.is_none() {
+            let what = "the images are for a network namespace that was made before";
+            return Err(MigrationError::runtime("restore", what));
+        }
         let mut restored = Restored::default();
         if !present.is_empty() {
             (restored.lazy, restored.criu_pages) =
@@ -163,8 +196,9 @@ impl Target for Landing<'_> {
             if restored.lazy {
                 request.lazy_pages(true);
             }
+            request.log_level(LOG_LEVEL);
         });
-        held.bring_for_migration(fresh_network).await?;
+        held.bring_for_migration(of_its_own && !shared).await?;
         if let Some(pid) = self.held()?.restored() {
             self.inbound.restored(pid)?;
         }

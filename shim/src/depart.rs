@@ -16,7 +16,7 @@ use crate::{
     cgroup::{Cgroup, throttle::Throttle},
     container::{Context, Occupation},
     error::Error,
-    held::Held,
+    held::{Held, LOG_LEVEL},
     netns,
     restore::DESCRIPTORS,
 };
@@ -157,13 +157,19 @@ impl Source for Leaving {
         command.arg("--image-path").arg(self.images.path()).arg("--work-path").arg(&work);
         // What is open stays open: connections by TCP repair, locks by CRIU.
         command.args(["--tcp-established", "--file-locks"]).arg(context.id());
-        let mut held = Held::start_isolated(&context.oci, command, work.join("dump.log")).await?;
+        let spec = context.spec().map_err(step("prepare"))?;
+        let network = netns::shared_with(self.occupation.pid(), &spec).await;
+        let log = work.join("dump.log");
+        let mut held = Held::start_isolated_in(network, &context.oci, command, log).await?;
         held.lock_network_quickly().await?;
         held.conversation()?.amend(|request| {
             crate::checkpoint::amend(request);
             // CRIU polls the freezer in steps of 100 ms; ptrace alone stops
             // the tasks in a few.
             request.freeze_cgroup(None);
+            // Errors and warnings: what CRIU says beyond that costs of the
+            // pause.
+            request.log_level(LOG_LEVEL);
         });
         match Outbound::prepare(&self.occupation, held.criu_pid()).await {
             Ok(outbound) => self.outbound = Some(outbound),
@@ -217,7 +223,7 @@ impl Source for Leaving {
         let held = self.held()?;
         held.release("freeze").await?;
         // CRIU waits for the answer, and looks at nothing before it.
-        held.until("freeze", "network-lock").await?;
+        held.until_frozen().await?;
         self.occupation.frozen().await.map_err(step("freeze"))
     }
 

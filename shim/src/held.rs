@@ -28,6 +28,9 @@ const START: Duration = Duration::from_secs(30);
 /// it restored.
 const UNDO: Duration = Duration::from_secs(20);
 
+/// CRIU's log in a migration: errors and warnings.
+pub const LOG_LEVEL: i32 = 2;
+
 /// How long the last steps may take, from the decision to the runtime's exit.
 const FINISH: Duration = Duration::from_secs(60);
 
@@ -52,14 +55,34 @@ impl Held {
         Self::start_at(opened().await?, oci, command, log).await
     }
 
-    /// The same for a dump whose CRIU gets a mount namespace of its own, in
-    /// which memory can be hidden from it.
-    pub async fn start_isolated(
+    /// The same for a migration: with CRIU in this network namespace, if it
+    /// shall be in one.
+    pub async fn start_in(
+        network: Option<PathBuf>,
         oci: &Oci,
         command: Command,
         log: PathBuf,
     ) -> Result<Self, MigrationError> {
-        Self::start_at(opened().await?.isolate(), oci, command, log).await
+        let mut gate = opened().await?;
+        if let Some(network) = network {
+            gate = gate.network(network);
+        }
+        Self::start_at(gate, oci, command, log).await
+    }
+
+    /// The same for a dump whose CRIU gets a mount namespace of its own, in
+    /// which memory can be hidden from it.
+    pub async fn start_isolated_in(
+        network: Option<PathBuf>,
+        oci: &Oci,
+        command: Command,
+        log: PathBuf,
+    ) -> Result<Self, MigrationError> {
+        let mut gate = opened().await?.isolate();
+        if let Some(network) = network {
+            gate = gate.network(network);
+        }
+        Self::start_at(gate, oci, command, log).await
     }
 
     async fn start_at(
@@ -133,6 +156,14 @@ impl Held {
     pub async fn release(&mut self, step: &'static str) -> Result<(), MigrationError> {
         let released = self.conversation()?.release().await;
         released.map_err(|error| failed(step, &error, None))
+    }
+
+    /// Returns once CRIU has stopped every task, and waits.
+    pub async fn until_frozen(&mut self) -> Result<(), MigrationError> {
+        match self.conversation()?.until_frozen().await {
+            Ok(_) => Ok(()),
+            Err(error) => Err(failed("freeze", &error, Some(&self.log))),
+        }
     }
 
     /// Returns once CRIU has sent this notification, and waits.

@@ -6,12 +6,12 @@
 //! container to itself cannot even be restored. So we do it, between the
 //! making of the namespace and the restore of the sockets.
 
-use std::{fs::File, io, process::Command, thread};
+use std::{fs::File, io, path::PathBuf, process::Command, thread};
 
 use nix::{
     ifaddrs::getifaddrs,
     net::if_::InterfaceFlags,
-    sched::{CloneFlags, setns},
+    sched::{CloneFlags, setns, unshare},
 };
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use tokio::sync::oneshot;
@@ -28,6 +28,39 @@ pub fn is_made_by_runtime(spec: &Spec) -> bool {
     namespaces.into_iter().flatten().any(|namespace| {
         namespace.typ() == LinuxNamespaceType::Network && namespace.path().is_none()
     })
+}
+
+/// Whether CRIU may be inside the namespace instead of making it and looking
+/// through it from outside: one made by us would belong to the host, where a
+/// container with users of its own could not set it up.
+pub fn can_be_shared(spec: &Spec) -> bool {
+    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
+    let own_users = namespaces
+        .into_iter()
+        .flatten()
+        .any(|namespace| namespace.typ() == LinuxNamespaceType::User);
+    is_made_by_runtime(spec) && !own_users
+}
+
+/// The network namespace of a container whose CRIU can be in there: nothing
+/// but loopback, since CRIU then leaves new connections from outside alone.
+pub async fn shared_with(pid: i32, spec: &Spec) -> Option<PathBuf> {
+    if !can_be_shared(spec) {
+        return None;
+    }
+    let quiet = interfaces(pid).await.is_ok_and(|others| others.is_empty());
+    quiet.then(|| PathBuf::from(format!("/proc/{pid}/ns/net")))
+}
+
+/// A fresh namespace with its loopback interface up, in which a container is
+/// to be restored. It lasts as long as the file is open, or somebody is in it.
+pub async fn make() -> Result<File> {
+    on_a_thread("make a network namespace".to_owned(), || {
+        unshare(CloneFlags::CLONE_NEWNET)?;
+        sys::interface_up("lo")?;
+        File::open("/proc/thread-self/ns/net")
+    })
+    .await
 }
 
 /// Sets the loopback interface up in the namespace that CRIU has just made
@@ -88,26 +121,33 @@ pub async fn interfaces(pid: i32) -> Result<Vec<String>> {
     inside(pid, list).await
 }
 
-/// Runs `work` in the network namespace of `pid`, on a thread of its own:
-/// one that has been there must not do anything else.
+/// Runs `work` in the network namespace of `pid`.
 async fn inside<T: Send + 'static>(
     pid: i32,
     work: impl FnOnce() -> io::Result<T> + Send + 'static,
 ) -> Result<T> {
-    let doing = format!("look into the network namespace of process {pid}");
-    let (done, result) = oneshot::channel();
-    let enter = move || {
+    on_a_thread(format!("look into the network namespace of process {pid}"), move || {
         let namespace = File::open(format!("/proc/{pid}/ns/net"))?;
         setns(namespace, CloneFlags::CLONE_NEWNET)?;
         work()
-    };
+    })
+    .await
+}
+
+/// On a thread of its own: one that has been elsewhere must not do anything
+/// else.
+async fn on_a_thread<T: Send + 'static>(
+    doing: String,
+    work: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> Result<T> {
+    let (done, result) = oneshot::channel();
     thread::Builder::new()
         .name("netns".into())
         .spawn(move || {
-            let _ = done.send(enter());
+            let _ = done.send(work());
         })
         .map_err(Error::io(doing.clone()))?;
-    let gone = || io::Error::other("the thread that looked has panicked");
+    let gone = || io::Error::other("the thread has panicked");
     result.await.unwrap_or_else(|_| Err(gone())).map_err(Error::io(doing))
 }
 
@@ -132,6 +172,10 @@ mod tests {
             let spec = format!(r#"{{"ociVersion":"1.0.2","linux":{{"namespaces":{namespaces}}}}}"#);
             let spec: Spec = serde_json::from_str(&spec).unwrap();
             assert_eq!(is_made_by_runtime(&spec), ours, "{namespaces}");
+            assert_eq!(can_be_shared(&spec), ours, "{namespaces}");
         }
+        let spec = r#"{"ociVersion":"1.0.2","linux":{"namespaces":[
+            {"type":"network"},{"type":"user"}]}}"#;
+        assert!(!can_be_shared(&serde_json::from_str(spec).unwrap()));
     }
 }
