@@ -66,10 +66,11 @@ impl RoundTotals {
 /// Sends pages over all its lanes. Dropped, it ends them at once, and cuts
 /// their connections.
 pub struct PageSender {
+    /// Dropped first: a lane that saw no more orders before would end well.
+    _stop: DropGuard,
     lanes: Vec<mpsc::UnboundedSender<Order>>,
     /// Ends once the last lane has.
     ended: mpsc::Receiver<()>,
-    _stop: DropGuard,
 }
 
 /// A round, and where each lane says how its part went.
@@ -105,6 +106,7 @@ impl PageSender {
                     }
                 };
                 tokio::select! {
+                    biased;
                     () = token.cancelled() => {}
                     () = life => {}
                 }
@@ -115,7 +117,7 @@ impl PageSender {
         for _ in 0..lanes {
             opened.recv().await.unwrap_or_else(|| Err(lost()))?;
         }
-        Ok(Self { lanes: orders, ended, _stop: stop })
+        Ok(Self { _stop: stop, lanes: orders, ended })
     }
 
     pub fn lanes(&self) -> u32 {
