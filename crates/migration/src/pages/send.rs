@@ -100,7 +100,7 @@ impl PageSender {
                         Ok(channel) => {
                             let _ = ready.send(Ok(()));
                             drop(ready);
-                            Lane::new(channel, compress, limit).run(receiver).await;
+                            Lane::new(channel, compress, limit).run(receiver, &token).await;
                         }
                         Err(error) => drop(ready.send(Err(error))),
                     }
@@ -255,7 +255,7 @@ impl Lane {
         Self { channel, encoder: Encoder::new(compress), limit, bytes: vec![0; BATCH_BYTES] }
     }
 
-    async fn run(mut self, mut orders: mpsc::UnboundedReceiver<Order>) {
+    async fn run(mut self, mut orders: mpsc::UnboundedReceiver<Order>, stop: &CancellationToken) {
         while let Some((round, done)) = orders.recv().await {
             let outcome = self.send(&round).await;
             let failed = outcome.is_err();
@@ -265,8 +265,10 @@ impl Lane {
                 return;
             }
         }
-        // Whether the other side sees a clean end is all the same to us.
-        let _ = self.channel.writer.close().await;
+        if !stop.is_cancelled() {
+            // Whether the other side sees a clean end is all the same to us.
+            let _ = self.channel.writer.close().await;
+        }
     }
 
     async fn send(&mut self, round: &Round) -> Result<RoundTotals, MigrationError> {
