@@ -9,6 +9,7 @@ use transship_types::PageRange;
 pub(crate) struct Mapping {
     pub range: PageRange,
     pub writable: bool,
+    pub executable: bool,
     /// Copied on write: its changed pages belong to this process alone.
     pub private: bool,
     /// Where nothing was changed, it shows a file.
@@ -81,6 +82,7 @@ fn line(line: &[u8]) -> Option<(Mapping, &[u8])> {
     let mapping = Mapping {
         range: PageRange::new(address(start)?, address(end)?).ok()?,
         writable: permissions.get(1) == Some(&b'w'),
+        executable: permissions.get(2) == Some(&b'x'),
         private: permissions.get(3) == Some(&b'p'),
         file: inode != b"0",
         kind: if kernel { Kind::Kernel } else { Kind::Ordinary },

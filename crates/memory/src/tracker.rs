@@ -8,7 +8,7 @@ use std::{
 };
 
 use tracing::{debug, info};
-use transship_types::{PageRange, Space};
+use transship_types::{PAGE, PageRange, PageSet, Space};
 
 use crate::{
     Backend, Dirty, Last, Memory, MemoryError,
@@ -56,7 +56,14 @@ pub struct Tracker {
     state: Mutex<State>,
     /// For those who read meanwhile.
     readable: RwLock<BTreeMap<Space, Arc<Process>>>,
+    /// The pages of code that were read with the last scan; see [`kept`].
+    code: RwLock<BTreeMap<(Space, u64), Page>>,
 }
+
+type Page = Box<[u8]>;
+
+/// How much of an executable mapping's begin is read with the last scan.
+const CODE: u64 = 2 * PAGE;
 
 #[derive(Default)]
 struct State {
@@ -74,8 +81,8 @@ impl Tracker {
             Want::Best => Chosen::choose(&BEST_FIRST),
             Want::Only(backend) => Chosen::choose(&[backend]),
         }?;
-        let (state, readable) = Default::default();
-        Ok(Self { pids, chosen, state, readable })
+        let (state, readable, code) = Default::default();
+        Ok(Self { pids, chosen, state, readable, code })
     }
 
     /// The address spaces as of the last call, with the process (on this
@@ -111,6 +118,28 @@ impl Tracker {
     }
 }
 
+/// The first pages of code that changed, as they are now.
+///
+/// CRIU runs system calls in the tasks that it dumps by putting the
+/// instruction for them at the begin of a task's first executable mapping, and
+/// the old bytes back afterwards. What was named before it began shall not be
+/// read while it does so.
+fn kept(process: &Process, dirty: &PageSet) -> Result<Vec<(u64, Page)>, MemoryError> {
+    let maps = ended_is_empty(process, maps::of(process.pid))?;
+    let mut pages = Vec::new();
+    for mapping in maps.iter().filter(|mapping| mapping.executable && mapping.moves()) {
+        let (begin, _) = mapping.range.split(CODE / PAGE);
+        for range in dirty.within(begin) {
+            let mut bytes = vec![0; range.bytes() as usize];
+            if read::read(process, &[range], &mut bytes)?.is_empty() {
+                let addresses = (range.start()..range.end()).step_by(PAGE as usize);
+                pages.extend(addresses.zip(bytes.chunks(PAGE as usize).map(Page::from)));
+            }
+        }
+    }
+    Ok(pages)
+}
+
 /// A process that ended meanwhile has no pages.
 fn ended_is_empty<T: Default>(process: &Process, pages: io::Result<T>) -> Result<T, MemoryError> {
     match pages {
@@ -134,6 +163,7 @@ impl Memory for Tracker {
             return Err(MemoryError::Invalid("this memory is no longer watched".into()));
         }
         self.survey(&mut state)?;
+        self.code.write().unwrap_or_else(PoisonError::into_inner).clear();
         let State { processes, watches, statistics, .. } = &mut *state;
         statistics.rounds += 1;
         statistics.scan = Duration::ZERO;
@@ -174,14 +204,19 @@ impl Memory for Tracker {
         let mut state = self.state();
         self.survey(&mut state)?;
         let mut last = Last::default();
+        let mut code = BTreeMap::new();
         for (space, process) in &state.processes {
             let Some(watch) = state.watches.get(space) else { continue };
             let pages = ended_is_empty(process, watch.look(process))?;
+            for (address, page) in kept(process, &pages.dirty)? {
+                code.insert((*space, address), page);
+            }
             if !pages.dirty.is_empty() {
                 last.dirty.spaces.push((*space, pages.dirty));
             }
             last.present.push((*space, pages.present));
         }
+        *self.code.write().unwrap_or_else(PoisonError::into_inner) = code;
         last.scan = begin.elapsed();
         Ok(last)
     }
@@ -195,14 +230,22 @@ impl Memory for Tracker {
         let readable = self.readable.read().unwrap_or_else(PoisonError::into_inner);
         let process = readable.get(&space).cloned();
         drop(readable);
-        match process {
-            Some(process) => read::read(&process, ranges, into),
+        let Some(process) = process else {
             // It has ended since it was named.
-            None => {
-                into.fill(0);
-                Ok(ranges.to_vec())
+            into.fill(0);
+            return Ok(ranges.to_vec());
+        };
+        let gone = read::read(&process, ranges, into)?;
+        let code = self.code.read().unwrap_or_else(PoisonError::into_inner);
+        let mut begin = 0;
+        for range in ranges {
+            for ((_, address), page) in code.range((space, range.start())..(space, range.end())) {
+                let at = begin + (address - range.start()) as usize;
+                into[at..at + page.len()].copy_from_slice(page);
             }
+            begin += range.bytes() as usize;
         }
+        Ok(gone)
     }
 
     fn disarm(&self) {

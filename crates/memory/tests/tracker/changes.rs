@@ -68,6 +68,31 @@ fn every_kind_of_private_memory_is_watched() {
     }
 }
 
+/// CRIU borrows the begin of a task's code after the last scan, while the
+/// pages that it named are still being read.
+#[test]
+fn the_begin_of_code_is_read_with_the_last_scan() {
+    let mut target = Target::start();
+    let code = target.map("code", 4);
+    let tracker = target.tracker();
+    let last = tracker.last().unwrap();
+    assert_eq!(named(&last.dirty, target.pid(), code), 4);
+    let space = target.space();
+    let read = || {
+        let mut bytes = vec![0; code.bytes() as usize];
+        assert_eq!(tracker.read(space, &[code], &mut bytes).unwrap(), []);
+        bytes
+    };
+    let before = read();
+    target.write(code, 7);
+    let (kept, later) = (2 * PAGE as usize, 4 * PAGE as usize);
+    let after = read();
+    assert_eq!(after[..kept], before[..kept]);
+    assert_ne!(after[kept..later], before[kept..later], "these are read when asked for");
+    tracker.round().unwrap();
+    assert_ne!(read()[..kept], before[..kept], "and all of them in a round");
+}
+
 #[test]
 fn shared_memory_is_somebody_elses() {
     let mut target = Target::start();

@@ -252,6 +252,7 @@ fn obey(verb: &str, words: &[&str], life: &mut Life) -> std::io::Result<u64> {
             answer = match words[0] {
                 "anonymous" => sys::map(pages, both, anonymous, -1)?,
                 "huge" => sys::map(pages, both, anonymous | libc::MAP_HUGETLB, -1).unwrap_or(0),
+                "code" => sys::map(pages, both | libc::PROT_EXEC, anonymous, -1)?,
                 "locked" => sys::map(pages, both, anonymous | libc::MAP_LOCKED, -1)?,
                 "shared" => sys::map(pages, both, libc::MAP_SHARED | libc::MAP_ANONYMOUS, -1)?,
                 "file" => {
