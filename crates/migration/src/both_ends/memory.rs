@@ -10,7 +10,7 @@ use std::{
 
 use tokio_util::sync::CancellationToken;
 
-use super::world::{Cuts, Setup, World};
+use super::world::{Cuts, Setup, World, patient};
 use crate::{
     Budget, Compress, Options, Phase, Throttle,
     fake::{FakeMemory, Step},
@@ -32,7 +32,7 @@ async fn memory_arrives_as_it_was_at_the_freeze() {
     for (size, writes, lanes) in [(1, 0, 1), (512, 0, 2), (512, 100, 1), (2048, 4000, 3)] {
         let case = format!("{size} pages, {writes} writes, {lanes} lanes");
         let memory = Some(Arc::new(FakeMemory::new(size, writes, None)));
-        let options = Options { lanes, ..Options::default() };
+        let options = Options { lanes, ..patient() };
         let world = World::run(Setup { memory, options, ..Setup::default() }, |_, _, _| {}).await;
         world.departed(&case);
 
@@ -186,7 +186,7 @@ async fn files_written_in_a_long_first_round_do_not_wait_for_the_pause() {
     let memory = Some(Arc::new(FakeMemory::new(2500, 100, None)));
     // 20 MB take longer than a round that counts as long.
     let limit = Arc::new(RateLimit::new(6_000_000));
-    let options = Options { limit, compress: Compress::Never, ..Options::default() };
+    let options = Options { limit, compress: Compress::Never, ..patient() };
     let setup = Setup { memory, options, layer: Some(layer.path().into()), ..Setup::default() };
     let passes = AtomicU32::new(0);
     let world = World::run(setup, |now, _, _| match (now.phase, now.round) {

@@ -15,8 +15,8 @@ use transship_types::Ticket;
 use transship_wire::{Reader, Writer};
 
 use crate::{
-    Arrived, Connect, Connecting, Departure, Journal, MigrationError, Options, Progress, arrive,
-    depart,
+    Arrived, Budget, Connect, Connecting, Departure, Journal, MigrationError, Options, Progress,
+    arrive, depart,
     fake::{FakeMemory, FakeSource, FakeStore, FakeTarget, Step, manifest, subject},
     handoff::Ending,
     journal::Role,
@@ -81,6 +81,13 @@ pub struct Setup {
     pub cancel_arrival: CancellationToken,
 }
 
+/// No machine is so busy that a freeze would not be allowed.
+pub fn patient() -> Options {
+    let max_pause = Duration::from_secs(3600);
+    let budget = Budget { max_pause, ..Budget::default() };
+    Options { budget, ..Options::default() }
+}
+
 impl Default for Setup {
     fn default() -> Self {
         Self {
@@ -91,7 +98,7 @@ impl Default for Setup {
             store: true,
             hides_nothing: false,
             layer: None,
-            options: Options::default(),
+            options: patient(),
             cancel_arrival: CancellationToken::new(),
         }
     }
