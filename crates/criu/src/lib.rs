@@ -12,6 +12,10 @@
 //!                                  hold · amend · observe
 //! ```
 //!
+//! What CRIU would spend the pause on is kept from it: private memory
+//! ([`Hider`], and [`pages`] to complete the images), the network namespace
+//! ([`Gate::network`]), and tar for every tmpfs (`tar`, which is this program).
+//!
 //! A [`Conversation`] is one DUMP or RESTORE seen from the middle. What we do
 //! not understand passes byte by byte ([`fields`]).
 
