@@ -127,8 +127,6 @@ fn memory_json(m: &WatchResponse) -> Value {
         "huge_bytes": m.huge_bytes,
         "tmpfs_bytes": m.tmpfs_bytes,
         "tmpfs_mounts": m.tmpfs_mounts,
-        "conntrack_buckets": m.conntrack_buckets,
-        "conntrack_entries": m.conntrack_entries,
         "written": m.written,
         "interval_us": m.interval_us,
         "written_pages": m.written_pages,
@@ -169,9 +167,9 @@ fn text(name: &str, plan: &PlanResponse) -> Vec<String> {
 fn memory_text(m: &WatchResponse) -> Vec<String> {
     let size = |pages: u64| print::bytes(pages.saturating_mul(m.page_size));
     let mut lines = vec![format!(
-        "  memory    {} in {} processes, {} of it zero; {} shared",
+        "  memory    {} in {}, {} of it zero; {} shared",
         size(m.pages),
-        m.processes,
+        if m.processes == 1 { "1 process".into() } else { format!("{} processes", m.processes) },
         size(m.zero_pages),
         print::bytes(m.shared_bytes)
     )];

@@ -23,8 +23,6 @@ pub struct Surroundings {
     huge_bytes: u64,
     tmpfs_bytes: u64,
     tmpfs_mounts: u32,
-    conntrack_buckets: u64,
-    conntrack_entries: u64,
 }
 
 pub fn survey(pids: &[i32], init: i32) -> Surroundings {
@@ -37,10 +35,6 @@ pub fn survey(pids: &[i32], init: i32) -> Surroundings {
         found.huge_bytes += kibibytes(&rollup, "Private_Hugetlb:");
     }
     found.shared_bytes = shared.values().sum();
-    let table = fs::read_to_string(format!("/proc/{init}/net/stat/nf_conntrack"));
-    found.conntrack_entries = entries(&table.unwrap_or_default());
-    let buckets = fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_buckets");
-    found.conntrack_buckets = buckets.ok().and_then(|n| n.trim().parse().ok()).unwrap_or(0);
     found
 }
 
@@ -50,8 +44,6 @@ impl Surroundings {
         response.huge_bytes = self.huge_bytes;
         response.tmpfs_bytes = self.tmpfs_bytes;
         response.tmpfs_mounts = self.tmpfs_mounts;
-        response.conntrack_buckets = self.conntrack_buckets;
-        response.conntrack_entries = self.conntrack_entries;
     }
 }
 
@@ -111,12 +103,6 @@ fn kibibytes(text: &str, name: &str) -> u64 {
     number.and_then(|n| n.trim().parse::<u64>().ok()).unwrap_or(0).saturating_mul(1024)
 }
 
-/// The first column, which is the same in the line of each processor.
-fn entries(table: &str) -> u64 {
-    let first = table.lines().nth(1).and_then(|line| line.split_ascii_whitespace().next());
-    first.and_then(|hex| u64::from_str_radix(hex, 16).ok()).unwrap_or(0)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -139,7 +125,5 @@ mod tests {
             kibibytes("Rss: 5 kB\nPrivate_Hugetlb:     2048 kB\n", "Private_Hugetlb:"),
             2 << 20
         );
-        assert_eq!(entries("entries clashres\n0000001f 0\n0000001f 1\n"), 31);
-        assert_eq!(entries(""), 0);
     }
 }

@@ -9,10 +9,6 @@ use crate::tuning;
 
 /// Less is lost among everything else in a pause.
 const WORTH_A_WORD: u64 = 1 << 20;
-/// CRIU walks the table of connections twice, about so fast.
-const PER_BUCKET: Duration = Duration::from_nanos(65);
-const WALKS: u32 = 2;
-const MANY_BUCKETS: u64 = 1 << 16;
 const MANY_PROCESSES: u32 = 100;
 
 pub fn remarks(plan: &PlanResponse, tuning: &Tuning) -> Vec<Remark> {
@@ -76,17 +72,6 @@ fn of_memory(m: &WatchResponse, way: Option<&Way>, say: &mut impl FnMut(&str, St
         let size = mib(m.huge_bytes);
         say("huge-pages", format!("{size} of huge pages are restored before it runs again"));
     }
-    if m.conntrack_buckets >= MANY_BUCKETS {
-        let buckets = u32::try_from(m.conntrack_buckets).unwrap_or(u32::MAX);
-        let takes = millis(micros(PER_BUCKET.saturating_mul(buckets).saturating_mul(WALKS)));
-        say(
-            "conntrack",
-            format!(
-                "CRIU walks this node's table of connections inside the pause, which has \
-                 {buckets} places (nf_conntrack_buckets): about {takes}"
-            ),
-        );
-    }
     if m.processes > MANY_PROCESSES {
         say("processes", format!("{} processes are dumped and restored one by one", m.processes));
     }
@@ -144,7 +129,6 @@ mod tests {
             shared_bytes: 128 << 20,
             tmpfs_bytes: 2 << 20,
             huge_bytes: 2 << 20,
-            conntrack_buckets: 1 << 18,
             processes: 1000,
             ..Default::default()
         };
@@ -164,7 +148,6 @@ mod tests {
                 "shared-memory",
                 "tmpfs",
                 "huge-pages",
-                "conntrack",
                 "processes",
                 "throttle",
                 "pause",
@@ -174,7 +157,6 @@ mod tests {
         );
         let said = remarks(&plan, &tuning);
         assert!(said[1].text.contains("128 MiB") && said[1].text.contains("about 14"), "{said:?}");
-        assert!(said[4].text.contains("about 35 ms"), "{said:?}");
-        assert!(said[7].text.contains("200 ms are expected, and 100 ms"), "{said:?}");
+        assert!(said[6].text.contains("200 ms are expected, and 100 ms"), "{said:?}");
     }
 }
