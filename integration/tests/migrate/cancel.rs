@@ -131,9 +131,17 @@ fn while_the_shims_have_it() -> Result<()> {
         criu.open()?;
         cancelled(world, command)?;
 
-        // The images are on their way.
+        // Memory is on its way.
         a.slow()?;
         let command = begin(world)?;
+        await_shims(world, "rounds")?;
+        interrupt(world, &command)?;
+        a.fast()?;
+        cancelled(world, command)?;
+
+        // The images are on their way.
+        a.slow()?;
+        let command = a.begin(&["migrate", ID, "--to", "b", "--max-pause", "60s"])?;
         await_shims(world, "transfer")?;
         let still = count(a, ID)?;
         interrupt(world, &command)?;
@@ -183,8 +191,9 @@ fn by_time_and_by_command() -> Result<()> {
         let busy = refused_with(a.transship(&["migrate", ID, "--to", "b"])?, "busy")?;
         ensure!(busy.reason.contains(&migration) && busy.remedy.contains("cancel"), "{busy:#?}");
 
+        let so_far = wishes(world);
         let cancel = a.begin(&["cancel", &migration])?;
-        eventually("the wish to reach its shim", || Ok(a.status(ID)? == "RUNNING"))?;
+        eventually("the agent to know of the wish", || Ok(wishes(world) > so_far))?;
         criu.open()?;
         let answer = cancel.end()?;
         ensure!(answer.is_ok_and(|answer| answer["cancelled"] == true));

@@ -11,13 +11,16 @@ use crate::world::{COUNTER, World, counts_on, refused_with, runs_on, with_agents
 fn a_criu_killed_on_the_source_hands_nothing_over() -> Result<()> {
     with_agents(|world| {
         let World { a, b, .. } = world;
-        // Enough that the images take a while to travel.
-        let script = format!("x=$(head -c 50000000 /dev/zero | tr '\\0' x); {COUNTER}");
+        // The target waits for a tar that unpacks it.
+        let script = format!("echo here > /dev/shm/file; {COUNTER}");
         world.start(a, "c", &[], &script)?;
         counts_on(a, "c", 0)?;
+        let tar = b.gate("tar")?;
+        tar.shut()?;
         let migration = a.begin(&["migrate", "c", "--to", b.name()])?;
-        a.await_phase("c", "transfer")?;
+        tar.await_one()?;
         a.sh("pkill -KILL -x criu")?;
+        tar.open()?;
         refused_with(migration.end()?, "runtime")?;
         runs_on(a, "c")?;
         let rules = a.sh(&format!("nsenter -t {} -n nft list ruleset", a.task_pid("c")?))?;

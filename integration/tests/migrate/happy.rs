@@ -69,7 +69,7 @@ fn arrived(report: &Value, from: &str, to: &str) -> Result<()> {
     let number = |name: &str| report[name].as_u64().with_context(|| format!("{name}: {report}"));
     let (pause, total) = (number("downtime_us")?, number("total_us")?);
     ensure!(0 < pause && pause < total, "{report}");
-    ensure!(number("image_bytes")? > 100_000, "{report}");
+    ensure!(number("image_bytes")? > 10_000, "{report}");
     let phases = report["phases"].as_array().context("phases")?;
     let names: Vec<_> = phases.iter().filter_map(|phase| phase["phase"].as_str()).collect();
     let wanted = ["inspect", "connect", "content", "freeze", "dump", "restore", "commit"];
