@@ -51,11 +51,15 @@ pub enum Cgroup {
 impl Cgroup {
     /// The groups that `pid` is in.
     pub fn of_process(pid: i32) -> Result<Self> {
-        let read =
-            |path: String| fs::read_to_string(&path).map_err(Error::io(format!("read {path}")));
-        let groups = read(format!("/proc/{pid}/cgroup"))?;
-        let mounts = read("/proc/self/mountinfo".into())?;
-        Self::find(&groups, &mounts)
+        Self::of_process_among(pid, &mounts()?)
+    }
+
+    /// The same by the mounts of an earlier moment: a CRIU that restores has
+    /// mounted all hierarchies once more, for as long as that takes.
+    pub fn of_process_among(pid: i32, mounts: &str) -> Result<Self> {
+        let path = format!("/proc/{pid}/cgroup");
+        let groups = fs::read_to_string(&path).map_err(Error::io(format!("read {path}")))?;
+        Self::find(&groups, mounts)
             .ok_or_else(|| Error::Internal(format!("no cgroup of process {pid} is mounted here")))
     }
 
@@ -268,11 +272,16 @@ impl Cgroup {
     }
 }
 
+/// What is mounted now, see [`Cgroup::of_process_among`].
+pub fn mounts() -> Result<String> {
+    let path = "/proc/self/mountinfo";
+    fs::read_to_string(path).map_err(Error::io(format!("read {path}")))
+}
+
 /// Moves a process into the group `path` of every hierarchy that has it, as
 /// the option for the shim's own group wants it.
 pub fn join(path: &str, pid: u32) -> Result<()> {
-    let mounts = fs::read_to_string("/proc/self/mountinfo")
-        .map_err(Error::io("read /proc/self/mountinfo"))?;
+    let mounts = mounts()?;
     let mut joined = false;
     let below = path.trim_start_matches('/');
     if Path::new(below).components().any(|part| part == Component::ParentDir) {
@@ -391,7 +400,8 @@ mod tests {
 
     #[test]
     fn a_frozen_group_can_be_killed() {
-        let Some(mut group) = Scratch::create("kill", &["freezer", "pids"], "sleep 600") else {
+        let Some(mut group) = Scratch::create("kill", &["freezer", "pids"], "exec sleep 600")
+        else {
             return;
         };
         group.cgroup.freeze().unwrap();

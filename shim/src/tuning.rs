@@ -153,9 +153,14 @@ mod tests {
 
     #[test]
     fn what_is_not_said_is_the_default() {
-        let default = format!("{:?}", Options::default());
-        assert_eq!(format!("{:?}", options(None).unwrap()), default);
-        assert_eq!(format!("{:?}", options(Some(&Tuning::new())).unwrap()), default);
+        let shown = |options: Options| {
+            format!("{:?} {} {:?}", options.budget, options.limit.get(), options.compress)
+        };
+        for given in [None, Some(&Tuning::new())] {
+            let options = options(given).unwrap();
+            assert_eq!(options.lanes, Options::default().lanes);
+            assert_eq!(shown(options), shown(Options::default()));
+        }
     }
 
     #[test]

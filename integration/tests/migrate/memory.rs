@@ -41,6 +41,14 @@ fn number(of: &Value, name: &str) -> Result<u64> {
     of[name].as_u64().with_context(|| format!("{name} in {of:#}"))
 }
 
+/// The process of the workload whose memory is served, without asking a shim.
+fn served(site: &Site) -> Result<Option<u32>> {
+    let found = site.sh("for one in /proc/[0-9]*; do \
+           if grep -qs ' um' $one/smaps && grep -qx workload $one/comm; then \
+             echo ${one#/proc/}; fi; done; true")?;
+    Ok(found.lines().next().map(str::parse).transpose()?)
+}
+
 /// No process of the container has memory that somebody watches or serves.
 fn untouched(site: &Site) -> Result<bool> {
     let script = format!(
@@ -142,6 +150,41 @@ fn one_that_is_killed_while_it_is_filled_leaves_nothing() -> Result<()> {
             site.ctr_ok(&["image", "rm", "--sync", Image::Workload.reference()])?;
         }
         world.nothing_left()
+    })
+}
+
+/// The kernel would give it zeros for the pages that nobody brings any more;
+/// its guardian sees to it that nobody reads them.
+#[test]
+fn it_does_not_outlive_a_shim_that_is_killed_while_it_is_filled() -> Result<()> {
+    with_agents(|world| {
+        let World { a, b, .. } = world;
+        // Filled faster than we look, now and then: then it goes back for
+        // another try.
+        let mut sites = [a, b];
+        start(world, &["--mib", "384", "--rate", "5"])?;
+        for _ in 0..6 {
+            let [from, to] = sites;
+            let command = from.begin(&["migrate", ID, "--to", to.name()])?;
+            let shim = "pkill -STOP -f '^[^ ]*containerd-shim-transship-v2 .*-id memory'";
+            eventually("it to run there", || Ok(to.status(ID).is_ok_and(|one| one == "RUNNING")))?;
+            to.sh(shim)?;
+            if let Some(pid) = served(to)? {
+                // Which would clean up after the shim, and kill it as well.
+                to.sh("pkill -STOP -x containerd")?;
+                to.sh(&shim.replace("STOP", "KILL"))?;
+                let gone = eventually("it to be gone", || {
+                    Ok(to.sh(&format!("! test -d /proc/{pid}")).is_ok())
+                });
+                to.sh("pkill -CONT -x containerd")?;
+                drop(command);
+                return gone;
+            }
+            to.sh(&shim.replace("STOP", "CONT"))?;
+            command.end()?.map_err(|refused| anyhow::anyhow!("{refused:#?}"))?;
+            sites.reverse();
+        }
+        anyhow::bail!("its memory was always there before we looked")
     })
 }
 

@@ -26,7 +26,10 @@ use transship_memory::{FaultOptions, FaultServer, Serving, Store};
 use transship_migration::{MigrationError, chain, report};
 use transship_types::{PageSet, Space};
 
-use crate::{cgroup::Cgroup, guardian::Guardian};
+use crate::{
+    cgroup::{self, Cgroup},
+    guardian::Guardian,
+};
 
 /// Killed processes wait for nothing but the release of their memory.
 const DEATH: Duration = Duration::from_secs(30);
@@ -39,6 +42,8 @@ type Result<T> = std::result::Result<T, MigrationError>;
 /// The memory of one arriving container.
 pub struct Inbound {
     room: u64,
+    /// As they were before CRIU mounted its own.
+    mounts: String,
     store: Arc<Store>,
     listening: Option<FaultServer>,
     serving: Option<Arc<Serving>>,
@@ -52,6 +57,8 @@ impl Inbound {
         let room = room()?;
         Ok(Self {
             room,
+            mounts: cgroup::mounts()
+                .map_err(|error| MigrationError::runtime("memory", error.sentence()))?,
             store: Arc::new(Store::new(room)),
             listening: None,
             serving: None,
@@ -119,7 +126,7 @@ impl Inbound {
         if self.serving.is_none() {
             return Ok(());
         }
-        let cgroup = Cgroup::of_process(pid)
+        let cgroup = Cgroup::of_process_among(pid, &self.mounts)
             .map_err(|error| MigrationError::runtime("memory", error.sentence()))?;
         self.post.over(&cgroup);
         self.victim.is(cgroup);

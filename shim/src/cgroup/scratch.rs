@@ -3,7 +3,7 @@
 use std::{
     fs,
     path::PathBuf,
-    process::{Child, Command, id},
+    process::{Child, Command, Stdio, id},
 };
 
 use super::Cgroup;
@@ -29,7 +29,13 @@ impl Scratch {
     fn make(name: &str, controllers: &[&str], script: &str) -> Option<Self> {
         let own = Cgroup::of_process(id() as i32).ok()?;
         let name = format!("transship-{name}-{}", id());
-        let child = Command::new("sh").args(["-c", script]).spawn().ok()?;
+        let child = Command::new("sh")
+            .args(["-c", script])
+            // Whoever waits for the end of our output must not wait for it.
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .ok()?;
         let mut scratch = Self { cgroup: own.clone(), child, directories: Vec::new() };
         let mut join = |above: PathBuf| {
             let directory = above.join(&name);
