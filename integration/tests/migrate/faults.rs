@@ -3,19 +3,22 @@
 use anyhow::{Result, ensure};
 use transship_integration::eventually;
 
-use crate::world::{COUNTER, World, counts_on, refused_with, runs_on, with_agents};
+use crate::world::{COUNTER, World, count, counts_on, refused_with, runs_on, with_agents};
 
-/// A CRIU that is killed after its dump lets the tasks go on, so what was
-/// dumped is not what is here any more; and it leaves a packet filter behind.
+/// A counter, and a file that CRIU needs a tar for.
+fn start(world: &World) -> Result<()> {
+    world.start(&world.a, "c", &[], &format!("echo here > /dev/shm/file; {COUNTER}"))?;
+    counts_on(&world.a, "c", 0)
+}
+
+/// A CRIU that is killed lets the tasks go on, so what it dumped is not what is
+/// here any more; and it leaves a packet filter behind.
 #[test]
-fn a_criu_killed_on_the_source_hands_nothing_over() -> Result<()> {
+fn a_criu_killed_in_its_dump_hands_nothing_over() -> Result<()> {
     with_agents(|world| {
         let World { a, b, .. } = world;
-        // The target waits for a tar that unpacks it.
-        let script = format!("echo here > /dev/shm/file; {COUNTER}");
-        world.start(a, "c", &[], &script)?;
-        counts_on(a, "c", 0)?;
-        let tar = b.gate("tar")?;
+        start(world)?;
+        let tar = a.gate("tar")?;
         tar.shut()?;
         let migration = a.begin(&["migrate", "c", "--to", b.name()])?;
         tar.await_one()?;
@@ -27,6 +30,33 @@ fn a_criu_killed_on_the_source_hands_nothing_over() -> Result<()> {
         ensure!(!rules.contains("CRIU"), "nothing gets out of it: {rules}");
         world.remove(a, "c")?;
         world.nothing_left()
+    })
+}
+
+/// By then the freezer keeps the tasks where they are: what was dumped is what
+/// is there.
+#[test]
+fn a_criu_killed_after_its_dump_is_not_needed() -> Result<()> {
+    with_agents(|world| {
+        let World { a, b, .. } = world;
+        start(world)?;
+        // The target waits for a tar that unpacks it.
+        let tar = b.gate("tar")?;
+        tar.shut()?;
+        let migration = a.begin(&["migrate", "c", "--to", b.name()])?;
+        tar.await_one()?;
+        let frozen = format!("cat /proc/{}/cgroup", a.task_pid("c")?);
+        let group = a.sh(&format!("{frozen} | sed -n 's/.*:freezer://p'"))?;
+        let state = format!("cat /sys/fs/cgroup/freezer{}/freezer.state", group.trim());
+        eventually("the freezer to hold it", || Ok(a.sh(&state)?.trim() == "FROZEN"))?;
+        a.sh("pkill -KILL -x criu")?;
+        let counted = count(a, "c")?;
+        tar.open()?;
+        ensure!(migration.end()?.is_ok_and(|report| report["target_state"] == "RUNNING"));
+        ensure!(a.status("c")? == "NONE", "it runs twice");
+        counts_on(b, "c", counted)?;
+        world.remove(b, "c")?;
+        world.nothing_on_a()
     })
 }
 
