@@ -6,7 +6,8 @@
 #   hack/pause-trace.sh [MIB[@MIB_PER_S]]     256 idle; 1024@50 writes 50 MiB/s
 #
 # PROFILE=release traces a release build. Times of CRIU's logs are right by
-# about 1 ms; a line of CRIU's is shown where the next came 1 ms later or more.
+# about 1 ms; a line of CRIU's is shown where the next came 1 ms later or more. The shim lets
+# CRIU log little: raise LOG_LEVEL in shim/src to 4 to see where CRIU's time goes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 profile=${PROFILE:-debug}
