@@ -12,7 +12,8 @@
 //!
 //! As with QEMU, the budget is kept strictly: nobody who asked for 100 ms gets
 //! a second. But only rounds can be asked to keep it. What a pause costs
-//! without any page is no reason to give up, because no round changes it.
+//! without any page is no reason to slow a container down or to give up,
+//! because no round changes it: a part of the budget is always the pages' own.
 
 use std::time::Duration;
 
@@ -26,6 +27,11 @@ const NEGLIGIBLE: Duration = Duration::from_millis(5);
 /// Within the budget already, a few rounds more are worth it while each one
 /// halves what is left: the pause becomes shorter than it must be.
 const POLISH: usize = 8;
+
+/// The part of the budget that pages may take even if everything else takes
+/// more than the whole: a pause that is too long in any case does not get
+/// noticeably longer by it.
+const PAGES_OWN: u32 = 4;
 
 /// A round that leaves more than this part of what it has sent is not getting
 /// anywhere.
@@ -83,7 +89,8 @@ pub fn decide(rounds: &[RoundFigures], budget: &Budget) -> Next {
     if sending <= NEGLIGIBLE {
         return Next::Freeze;
     }
-    if expected_pause(rounds, budget) <= budget.max_pause {
+    let room = budget.max_pause.saturating_sub(budget.fixed);
+    if added(last, sending, budget) <= room.max(budget.max_pause / PAGES_OWN) {
         let halves = last.left <= last.pages / 2;
         let polish = halves && rounds.len() < POLISH && last.throttle == 0;
         return if polish { Next::Another } else { Next::Freeze };
@@ -110,7 +117,12 @@ pub fn decide(rounds: &[RoundFigures], budget: &Budget) -> Next {
 pub fn expected_pause(rounds: &[RoundFigures], budget: &Budget) -> Duration {
     let Some(last) = rounds.last() else { return budget.fixed };
     let sending = time_to_send(last.left, page_rate(rounds));
-    budget.fixed + last.scan + sending.saturating_sub(budget.beside)
+    budget.fixed + added(last, sending, budget)
+}
+
+/// The pages' part of the pause.
+fn added(last: &RoundFigures, sending: Duration, budget: &Budget) -> Duration {
+    last.scan + sending.saturating_sub(budget.beside)
 }
 
 /// Pages per second that the lanes carry, as the last round with a load for
@@ -202,6 +214,7 @@ mod tests {
         let late = budget(100, Throttle::Auto, PostCopy::Auto);
         let late_only = budget(100, Throttle::Never, PostCopy::Auto);
         let always = budget(100, Throttle::Auto, PostCopy::Always);
+        let slow_host = Budget { fixed: Duration::from_millis(150), ..slow.clone() };
         let tiny = budget(1, Throttle::Never, PostCopy::Never);
         // 400 MiB/s throughout, unless said otherwise.
         let whole = round(1024, 200, 2560, 0);
@@ -233,6 +246,13 @@ mod tests {
             ("all steps, then late", &[stuck(0), stuck(95)], &late, Post),
             ("no steps, then late", &[stuck(0), stuck(0)], &late_only, Post),
             ("late at once", &[whole], &always, Post),
+            (
+                "a pause that is too long without any page",
+                &[whole, round(200, 12, 500, 0), round(12, 8, 30, 0)],
+                &slow_host,
+                Freeze,
+            ),
+            ("and with too many of them", &[whole, stuck(0), stuck(0)], &slow_host, Slow(20)),
             ("late, but there is no need", &[round(1024, 0, 2560, 0)], &always, Freeze),
         ];
         for (case, rounds, budget, next) in table {

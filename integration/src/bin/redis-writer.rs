@@ -4,7 +4,9 @@
 //! The connection moves with the container. What it saw is kept in Redis
 //! itself: `w:acked` (the last N that Redis confirmed) and `w:gap_us` (the
 //! longest time between two confirmations since `w:gap_us` was last deleted).
-//! Any error ends it, so a lost connection cannot go unnoticed.
+//! Any error ends it, so a lost connection cannot go unnoticed. Gaps are those
+//! of the wall clock: CRIU restores a container into a time namespace whose
+//! monotonic clock leaves the pause out.
 //!
 //! Usage: redis-writer [HOST:PORT [PAUSE_US]]
 
@@ -13,7 +15,7 @@ use std::{
     io::{self, BufRead, BufReader, Write},
     net::TcpStream,
     thread::sleep,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 fn main() -> io::Result<()> {
@@ -21,13 +23,14 @@ fn main() -> io::Result<()> {
     let address = args.next().unwrap_or_else(|| "127.0.0.1:6379".into());
     let pause = args.next().and_then(|text| text.parse().ok()).unwrap_or(1000);
     let mut redis = Redis::connect(&address)?;
-    let mut last = Instant::now();
+    let mut last = SystemTime::now();
     for number in 1u64.. {
         let text = number.to_string();
         redis.call(&["SET", &format!("w:{number}"), &text])?;
         redis.call(&["SET", "w:acked", &text])?;
-        let gap = last.elapsed().as_micros() as u64;
-        last = Instant::now();
+        // A clock that was set back meanwhile tells no gap.
+        let gap = last.elapsed().unwrap_or_default().as_micros() as u64;
+        last = SystemTime::now();
         let longest = redis.call(&["GET", "w:gap_us"])?.and_then(|text| text.parse().ok());
         if longest.is_none_or(|longest: u64| gap > longest) {
             redis.call(&["SET", "w:gap_us", &gap.to_string()])?;
