@@ -22,7 +22,7 @@ deps:
 	@hack/install-deps.sh
 
 build: deps
-	$(CARGO) build --release --workspace --bins
+	$(CARGO) build --release --workspace --lib --bins
 
 demo: build
 	@$(TARGET)/release/demo
@@ -30,7 +30,7 @@ demo: build
 # One profile for everything, so that nothing is compiled twice. The tests on
 # real nodes come one after another: two cores carry no more.
 test: deps
-	$(CARGO) build --workspace --bins
+	$(CARGO) build --workspace --lib --bins
 	$(CARGO) test --workspace --exclude transship-integration
 	$(CARGO) test --package transship-integration -- --test-threads=1
 
@@ -46,6 +46,7 @@ bench-shim: build
 install:
 	install -D -m 755 -t $(DESTDIR)$(PREFIX)/bin $(TARGET)/release/transship \
 		$(TARGET)/release/transshipd $(TARGET)/release/containerd-shim-transship-v2
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/lib/transship $(TARGET)/release/libtransship_hollow.so
 	ln -sf containerd-shim-transship-v2 $(DESTDIR)$(PREFIX)/bin/containerd-shim-runc-v2-transship
 	install -D -m 644 -t $(DESTDIR)$(UNITDIR) crates/agent/transshipd.service
 

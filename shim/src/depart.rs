@@ -160,7 +160,12 @@ impl Source for Leaving {
         let spec = context.spec().map_err(step("prepare"))?;
         let network = netns::shared_with(self.occupation.pid(), &spec).await;
         let log = work.join("dump.log");
-        let mut held = Held::start_isolated_in(network, &context.oci, command, log).await?;
+        let hollow = outbound::hollow_library();
+        let shared = hollow.is_some();
+        if !shared {
+            info!("shared memory travels in CRIU's images: its library is not installed");
+        }
+        let mut held = Held::start_isolated_in(network, hollow, &context.oci, command, log).await?;
         held.lock_network_quickly().await?;
         held.conversation()?.amend(|request| {
             crate::checkpoint::amend(request);
@@ -171,7 +176,7 @@ impl Source for Leaving {
             // pause.
             request.log_level(LOG_LEVEL);
         });
-        match Outbound::prepare(&self.occupation, held.criu_pid()).await {
+        match Outbound::prepare(&self.occupation, held.criu_pid(), shared).await {
             Ok(outbound) => self.outbound = Some(outbound),
             Err(why) => {
                 warn!(why, "the memory travels in CRIU's images");
@@ -236,10 +241,11 @@ impl Source for Leaving {
     }
 
     async fn dump(&mut self) -> Result<()> {
-        let hidden = self.outbound.as_ref().is_some_and(Outbound::is_hidden);
-        if !hidden {
+        let hidden = self.outbound.as_ref().filter(|outbound| outbound.is_hidden());
+        let Some(shared) = hidden.map(Outbound::shared) else {
             return self.held()?.until("dump", "post-dump").await;
-        }
+        };
+        self.held()?.empty(&shared)?;
         let cgroup = self.occupation.cgroup().map_err(step("dump"))?.clone();
         let (guards, dumped) =
             tokio::join!(outbound::guards(&cgroup), self.held()?.until("dump", "post-dump"));

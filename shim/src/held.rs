@@ -37,7 +37,7 @@ const FINISH: Duration = Duration::from_secs(60);
 /// The runtime, waiting for CRIU, which waits for us.
 pub struct Held {
     /// Keeps the directory in which CRIU is found.
-    _gate: Gate,
+    gate: Gate,
     conversation: Option<Conversation>,
     criu_pid: i32,
     /// The first process of a restore, once CRIU has made it.
@@ -71,14 +71,19 @@ impl Held {
     }
 
     /// The same for a dump whose CRIU gets a mount namespace of its own, in
-    /// which memory can be hidden from it.
+    /// which memory can be hidden from it, and with the library that keeps
+    /// shared objects from it, if there is one.
     pub async fn start_isolated_in(
         network: Option<PathBuf>,
+        hollow: Option<PathBuf>,
         oci: &Oci,
         command: Command,
         log: PathBuf,
     ) -> Result<Self, MigrationError> {
         let mut gate = opened().await?.isolate();
+        if let Some(library) = hollow {
+            gate = gate.hollow(library);
+        }
         if let Some(network) = network {
             gate = gate.network(network);
         }
@@ -117,7 +122,7 @@ impl Held {
         let criu_pid = conversation.criu_pid();
         let conversation = Some(conversation);
         Ok(Self {
-            _gate: gate,
+            gate,
             conversation,
             criu_pid,
             restored: None,
@@ -131,6 +136,11 @@ impl Held {
     pub fn conversation(&mut self) -> Result<&mut Conversation, MigrationError> {
         let missing = || MigrationError::runtime("CRIU", "it has ended already");
         self.conversation.as_mut().ok_or_else(missing)
+    }
+
+    /// CRIU, which waits, is to find these shared objects empty.
+    pub fn empty(&self, objects: &[(u64, u64)]) -> Result<(), MigrationError> {
+        self.gate.empty(objects).map_err(|error| failed("dump", &error, None))
     }
 
     pub fn criu_pid(&self) -> i32 {

@@ -39,6 +39,7 @@ pub struct Gate {
     criu: PathBuf,
     isolated: bool,
     network: Option<PathBuf>,
+    hollow: Option<PathBuf>,
     sessions: mpsc::Receiver<Result<Conversation, CriuError>>,
     listening: AbortHandle,
 }
@@ -66,7 +67,7 @@ impl Gate {
         // One at a time is enough: a runtime runs one CRIU after the other.
         let (found, sessions) = mpsc::channel(1);
         let listening = tokio::spawn(listen(listener, dir.clone(), found)).abort_handle();
-        Ok(Gate { dir, criu, isolated: false, network: None, sessions, listening })
+        Ok(Gate { dir, criu, isolated: false, network: None, hollow: None, sessions, listening })
     }
 
     /// CRIU gets a mount namespace of its own, into which the host's mounts
@@ -97,6 +98,28 @@ impl Gate {
         self
     }
 
+    /// CRIU is started with this library (`transship-hollow`), so that it can
+    /// be made to find shared objects empty: [`empty`](Self::empty). Only for
+    /// a dump. A CRIU that cannot load it says so and does without.
+    pub fn hollow(mut self, library: impl Into<PathBuf>) -> Self {
+        self.hollow = Some(library.into());
+        self
+    }
+
+    /// CRIU, which has not gone on since every task stands still, is to save
+    /// no contents of these objects (device and inode, as stat(2) tells them).
+    /// Whether it obeys is seen in its images only.
+    pub fn empty(&self, objects: &[(u64, u64)]) -> Result<(), CriuError> {
+        let list = self.dir.0.join(stub::LIST);
+        let text: String =
+            objects.iter().map(|(device, inode)| format!("{device} {inode}\n")).collect();
+        // Nobody reads half of it.
+        let fresh = self.dir.0.join("hollow.new");
+        fs::write(&fresh, text)
+            .and_then(|()| fs::rename(&fresh, &list))
+            .map_err(CriuError::file("writing", &list))
+    }
+
     /// Removes the gates of processes that were killed and could not.
     pub fn sweep() {
         sweep(&Path::new(RUNTIME_DIR).join("gate"));
@@ -116,6 +139,9 @@ impl Gate {
         ];
         if self.isolated {
             environment.push((stub::ISOLATE.into(), "1".into()));
+        }
+        if let Some(library) = &self.hollow {
+            environment.push((stub::HOLLOW.into(), library.clone().into_os_string()));
         }
         if let Some(network) = &self.network {
             environment.push((stub::NETWORK.into(), network.clone().into_os_string()));

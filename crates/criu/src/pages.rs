@@ -10,6 +10,10 @@
 //! * elsewhere (copied pages of private files, locked memory, huge pages,
 //!   the page a stack pointer is in) in the image: CRIU reads it from there.
 //!
+//! Shared objects that CRIU found empty
+//! ([`Gate::empty`](crate::Gate::empty)) get all of their pages in the image:
+//! CRIU fills them before any process is there.
+//!
 //! What CRIU saved nevertheless stays and is restored from the image.
 //!
 //! The images come from another machine. They are read once, with a limit,
@@ -24,11 +28,11 @@ mod network;
 use std::path::PathBuf;
 
 use thiserror::Error;
-use transship_types::PageRange;
+use transship_types::{PageRange, Space};
 
 use crate::CriuError;
 
-pub use complete::{Completed, complete};
+pub use complete::{Completed, CompletedShared, complete, complete_shared};
 pub use guards::{add_guards, guards};
 pub use layout::{ProcessLayout, Vma, layout};
 pub use network::shares_network;
@@ -39,8 +43,8 @@ pub enum PagesError {
     File(#[from] CriuError),
     #[error("{} is no such image as CRIU writes: {why}", path.display())]
     Image { path: PathBuf, why: &'static str },
-    #[error("fetching {range} of process {vpid}")]
-    Fetch { vpid: u32, range: PageRange, source: std::io::Error },
+    #[error("fetching {range} of {space}")]
+    Fetch { space: Space, range: PageRange, source: std::io::Error },
 }
 
 #[cfg(test)]

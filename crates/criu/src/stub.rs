@@ -28,6 +28,14 @@ pub(crate) const CRIU: &str = "TRANSSHIP_CRIU";
 pub(crate) const ISOLATE: &str = "TRANSSHIP_ISOLATE";
 /// The network namespace that CRIU is to be in.
 pub(crate) const NETWORK: &str = "TRANSSHIP_NETWORK";
+/// The library that CRIU is started with ([`Gate::hollow`](crate::Gate)).
+pub(crate) const HOLLOW: &str = "TRANSSHIP_HOLLOW";
+/// What that library calls the file with its list.
+const HOLLOW_LIST: &str = "TRANSSHIP_HOLLOW_LIST";
+/// Beside the gate's socket: that list, once there is one.
+pub(crate) const LIST: &str = "hollow";
+/// The loader's list of libraries to load first.
+const PRELOAD: &str = "LD_PRELOAD";
 /// Beside the gate's socket: a directory with programs that CRIU finds first.
 pub(crate) const PROGRAMS: &str = "bin";
 /// Beside the gate's socket: what CRIU and the stub say on stderr.
@@ -81,6 +89,10 @@ fn run(gate: Option<&Path>, arguments: &[OsString]) -> io::Error {
     let mut command = Command::new(&criu);
     command.arg0("criu").args(arguments);
     forget_the_gate(&mut command, gate);
+    if let (Some(gate), Some(library)) = (gate, env::var_os(HOLLOW)) {
+        command.env(HOLLOW_LIST, gate.with_file_name(LIST));
+        command.env(PRELOAD, preloads(library, env::var_os(PRELOAD)));
+    }
     let error = command.exec();
     io::Error::new(error.kind(), format!("executing {}: {error}", criu.display()))
 }
@@ -90,6 +102,16 @@ fn rpc_descriptor(arguments: &[OsString]) -> Option<RawFd> {
         [verb, number, ..] if verb == "swrk" => number.to_str()?.parse().ok(),
         _ => None,
     }
+}
+
+/// Ours and those of others. What CRIU starts has them too, and takes no notice.
+fn preloads(library: OsString, others: Option<OsString>) -> OsString {
+    let mut all = library;
+    if let Some(others) = others.filter(|others| !others.is_empty()) {
+        all.push(":");
+        all.push(others);
+    }
+    all
 }
 
 /// On restore the runtime starts CRIU with the *container's* stdout and stderr
@@ -123,7 +145,7 @@ fn open_stderr(gate: &Path) -> io::Result<File> {
 /// CRIU and what it starts see the world as without us, but for the programs
 /// that we do better.
 fn forget_the_gate(command: &mut Command, gate: Option<&Path>) {
-    for ours in [GATE, CRIU, ISOLATE, NETWORK] {
+    for ours in [GATE, CRIU, ISOLATE, NETWORK, HOLLOW] {
         command.env_remove(ours);
     }
     let dir = gate.and_then(Path::parent);

@@ -17,6 +17,11 @@ impl ContainerMemory {
         Self { private, shared }
     }
 
+    /// Device and inode of the shared objects that the last look has found.
+    pub fn shared(&self) -> Vec<(u64, u64)> {
+        self.shared.names()
+    }
+
     /// Both at once: in the pause, the longer one counts and not their sum.
     fn both<P: Send, S>(
         &self,

@@ -44,6 +44,16 @@ pub struct SharedObjects {
     objects: Mutex<BTreeMap<u64, Arc<Object>>>,
 }
 
+/// An object as one look has found it.
+struct Found {
+    object: Arc<Object>,
+    name: Vec<u8>,
+    /// Up to here its contents matter.
+    reach: u64,
+    /// Two of them have this inode.
+    doubtful: bool,
+}
+
 struct Object {
     file: File,
     sent: Mutex<Hashes>,
@@ -84,8 +94,9 @@ impl SharedObjects {
     /// The same, and the pages that exist.
     pub fn last(&self) -> Result<(Dirty, Vec<(Space, PageSet)>), MemoryError> {
         let (mut dirty, mut present) = (Dirty::default(), Vec::new());
-        for (inode, object) in self.survey()? {
-            let (there, changed) = object.look().map_err(failed("looking at shared memory"))?;
+        for (inode, found) in self.survey()? {
+            let (there, changed) =
+                found.object.look(found.reach).map_err(failed("looking at shared memory"))?;
             dirty.spaces.push((Space::Shared(inode), changed));
             present.push((Space::Shared(inode), there));
         }
@@ -113,6 +124,11 @@ impl SharedObjects {
         Ok(gone)
     }
 
+    /// Device and inode of those that the last look has found.
+    pub fn names(&self) -> Vec<(u64, u64)> {
+        self.objects().keys().map(|inode| (self.device, *inode)).collect()
+    }
+
     /// Lets go of all of them.
     pub fn disarm(&self) {
         self.objects().clear();
@@ -123,9 +139,9 @@ impl SharedObjects {
     }
 
     /// The objects that somebody has mapped now.
-    fn survey(&self) -> Result<BTreeMap<u64, Arc<Object>>, MemoryError> {
+    fn survey(&self) -> Result<BTreeMap<u64, Found>, MemoryError> {
         let before = self.objects().clone();
-        let mut now = BTreeMap::new();
+        let mut now: BTreeMap<u64, Found> = BTreeMap::new();
         for pid in (self.pids)().map_err(failed("listing the processes"))? {
             self.survey_process(pid, &before, &mut now).map_err(|source| MemoryError::Process {
                 what: "finding the shared memory",
@@ -133,7 +149,10 @@ impl SharedObjects {
                 source,
             })?;
         }
-        self.objects().clone_from(&now);
+        // SysV segments have their id for an inode, which another object may
+        // have by chance. CRIU's images name objects by it alone: not ours.
+        now.retain(|_, found| !found.doubtful);
+        *self.objects() = now.iter().map(|(inode, f)| (*inode, f.object.clone())).collect();
         Ok(now)
     }
 
@@ -141,14 +160,18 @@ impl SharedObjects {
         &self,
         pid: i32,
         before: &BTreeMap<u64, Arc<Object>>,
-        now: &mut BTreeMap<u64, Arc<Object>>,
+        now: &mut BTreeMap<u64, Found>,
     ) -> io::Result<()> {
         let text = match fs::read(format!("/proc/{pid}/maps")) {
             Err(error) if maps::gone(&error) => return Ok(()),
             text => text?,
         };
-        for (range, inode) in text.split(|&byte| byte == b'\n').filter_map(shared) {
-            if now.contains_key(&inode) {
+        for Mapping { range, inode, name, reach } in
+            text.split(|&byte| byte == b'\n').filter_map(shared)
+        {
+            if let Some(found) = now.get_mut(&inode) {
+                found.doubtful |= found.name != name;
+                found.reach = found.reach.max(reach);
                 continue;
             }
             let object = match before.get(&inode) {
@@ -167,23 +190,42 @@ impl SharedObjects {
                     Arc::new(Object { file, sent: Mutex::default() })
                 }
             };
-            now.insert(inode, object);
+            now.insert(inode, Found { object, name: name.to_vec(), reach, doubtful: false });
         }
         Ok(())
     }
 }
 
-/// The range, as map_files names it, and the inode of a line of maps that may
-/// be one of them: `start-end perms offset device inode name`.
-fn shared(line: &[u8]) -> Option<(&str, u64)> {
+/// A line of maps that may be one of them.
+#[derive(Debug, PartialEq, Eq)]
+struct Mapping<'a> {
+    /// As map_files names it.
+    range: &'a str,
+    inode: u64,
+    name: &'a [u8],
+    /// What of the object CRIU restores on account of it.
+    reach: u64,
+}
+
+/// `start-end perms offset device inode name`, see proc_pid_maps(5).
+fn shared(line: &[u8]) -> Option<Mapping<'_>> {
     let mut fields = line.splitn(6, |&byte| byte == b' ');
-    let range = str::from_utf8(fields.next()?).ok()?;
-    let permissions = fields.next()?;
-    let inode = str::from_utf8(fields.nth(2)?).ok()?.parse().ok()?;
+    let mut field = || str::from_utf8(fields.next()?).ok();
+    let (range, permissions, offset) = (field()?, field()?, field()?);
+    let (_device, inode) = (field()?, field()?.parse().ok()?);
     let name = fields.next()?.trim_ascii_start();
-    let ours = [&b"/dev/zero"[..], b"/memfd:", b"/SYSV"].iter().any(|n| name.starts_with(n));
-    let deleted = name.ends_with(b" (deleted)");
-    (permissions.get(3) == Some(&b's') && ours && deleted).then_some((range, inode))
+    let anonymous = name.starts_with(b"/dev/zero");
+    let ours = anonymous || [&b"/memfd:"[..], b"/SYSV"].iter().any(|n| name.starts_with(n));
+    if !permissions.ends_with('s') || !ours || !name.ends_with(b" (deleted)") {
+        return None;
+    }
+    let (start, end) = range.split_once('-')?;
+    let [start, end, offset] = [start, end, offset].map(|hex| u64::from_str_radix(hex, 16).ok());
+    // Nobody can get at the rest of an anonymous object any more, and CRIU
+    // makes it only as large as it is mapped. The others have a size.
+    let mapped = offset?.saturating_add(end?.saturating_sub(start?));
+    let reach = if anonymous { mapped } else { ADDRESS_LIMIT };
+    Some(Mapping { range, inode, name, reach })
 }
 
 impl Object {
@@ -191,13 +233,14 @@ impl Object {
         self.sent.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The pages that exist, and those of them that have changed.
-    fn look(&self) -> io::Result<(PageSet, PageSet)> {
+    /// The pages that exist up to `reach`, and those of them that have changed.
+    fn look(&self, reach: u64) -> io::Result<(PageSet, PageSet)> {
         let (mut there, mut changed) = (PageSet::new(), PageSet::new());
         let mut buffer = vec![0; CHUNK as usize];
         let mut at = 0;
         while let Some(extent) = self.extent(at)? {
             at = extent.end();
+            let Ok(extent) = PageRange::new(extent.start(), at.min(reach)) else { break };
             there.insert(extent);
             let mut left = Some(extent);
             while let Some((now, rest)) = left.map(|range| range.split(CHUNK / PAGE)) {
@@ -304,17 +347,19 @@ mod tests {
 
     #[test]
     fn lines_of_maps_that_may_be_shared_objects() {
+        let far = ADDRESS_LIMIT;
         for (line, found) in [
-            ("7f00-7f10 rw-s 00000000 00:01 99      /dev/zero (deleted)", Some(99)),
-            ("7f00-7f10 r--s 00001000 00:01 98      /memfd:with space (deleted)", Some(98)),
-            ("7f00-7f10 rw-s 00000000 00:01 97      /SYSV0052e2c1 (deleted)", Some(97)),
+            ("7f00-7f10 rw-s 00001000 00:01 99      /dev/zero (deleted)", Some((99, 0x1010))),
+            ("7f00-7f10 r--s 00001000 00:01 98      /memfd:with space (deleted)", Some((98, far))),
+            ("7f00-7f10 rw-s 00000000 00:01 97      /SYSV0052e2c1 (deleted)", Some((97, far))),
             ("7f00-7f10 rw-p 00000000 00:01 96      /memfd:private (deleted)", None),
             ("7f00-7f10 rw-s 00000000 fe:00 95      /data/file", None),
             ("7f00-7f10 rw-s 00000000 fe:00 94      /dev/zero", None),
             ("7f00-7f10 rw-p 00000000 00:00 0 ", None),
             ("", None),
         ] {
-            assert_eq!(shared(line.as_bytes()).map(|(_, inode)| inode), found, "{line}");
+            let seen = shared(line.as_bytes()).map(|mapping| (mapping.inode, mapping.reach));
+            assert_eq!(seen, found, "{line}");
         }
     }
 
@@ -325,10 +370,10 @@ mod tests {
             write(&object, page, 1);
         }
         let there = set(&[(0, 2), (5, 6), (700, 701), (1 << 27, (1 << 27) + 1)]);
-        assert_eq!(object.look().unwrap(), (there.clone(), there.clone()));
+        assert_eq!(object.look(ADDRESS_LIMIT).unwrap(), (there.clone(), there.clone()));
         take(&object, &set(&[(0, 10), (690, 710)]));
         let far = set(&[(1 << 27, (1 << 27) + 1)]);
-        assert_eq!(object.look().unwrap(), (there, far));
+        assert_eq!(object.look(ADDRESS_LIMIT).unwrap(), (there, far));
         assert_eq!(object.file.metadata().unwrap().blocks() * 512, 5 * PAGE);
     }
 
@@ -339,18 +384,18 @@ mod tests {
             write(&object, page, 1);
         }
         take(&object, &set(&[(0, 100)]));
-        assert!(object.look().unwrap().1.is_empty());
+        assert!(object.look(ADDRESS_LIMIT).unwrap().1.is_empty());
         write(&object, 3, 2);
         write(&object, 50, 2);
-        assert_eq!(object.look().unwrap().1, set(&[(3, 4), (50, 51)]));
+        assert_eq!(object.look(ADDRESS_LIMIT).unwrap().1, set(&[(3, 4), (50, 51)]));
         // Written again before it is read, and back to what it was after.
         write(&object, 3, 3);
         take(&object, &set(&[(3, 4), (50, 51)]));
         write(&object, 3, 2);
-        assert_eq!(object.look().unwrap().1, set(&[(3, 4)]));
+        assert_eq!(object.look(ADDRESS_LIMIT).unwrap().1, set(&[(3, 4)]));
         // Nobody read it in between: the target still has what it holds now.
         write(&object, 3, 3);
-        assert!(object.look().unwrap().1.is_empty());
+        assert!(object.look(ADDRESS_LIMIT).unwrap().1.is_empty());
     }
 
     #[test]
@@ -362,9 +407,9 @@ mod tests {
         assert_eq!(object.read(range(2, 8), &mut bytes).unwrap(), Some(range(5, 8)));
         assert!(bytes[3 * PAGE as usize..].iter().all(|byte| *byte == 0));
         assert_eq!(object.read(range(8, 10), &mut bytes[..8192]).unwrap(), Some(range(8, 10)));
-        assert_eq!(object.look().unwrap().0, set(&[(0, 5)]));
+        assert_eq!(object.look(ADDRESS_LIMIT).unwrap().0, set(&[(0, 5)]));
         object.file.set_len(0).unwrap();
-        assert_eq!(object.look().unwrap(), Default::default());
+        assert_eq!(object.look(ADDRESS_LIMIT).unwrap(), Default::default());
     }
 
     /// Not a test but a measurement:
@@ -382,7 +427,7 @@ mod tests {
         };
         for _ in 0..3 {
             let begin = spent();
-            let (there, changed) = object.look().unwrap();
+            let (there, changed) = object.look(ADDRESS_LIMIT).unwrap();
             let seconds = (spent() - begin) as f64 / 1e9;
             assert_eq!(there.pages(), PAGES);
             println!("{:.2} GB/s", (PAGES * PAGE) as f64 / seconds / 1e9);

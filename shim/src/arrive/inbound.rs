@@ -2,7 +2,8 @@
 //! under the restored processes.
 //!
 //! ```text
-//!   lanes ──▶ Store ──┬─▶ eager pages: into CRIU's images, before the restore
+//!   lanes ──▶ Store ──┬─▶ eager pages and shared objects: into CRIU's images,
+//!                     │   before the restore
 //!                     └─▶ lazy pages: fault server, from the first descriptor
 //!                         that CRIU gives it on, until every page is placed
 //! ```
@@ -210,7 +211,36 @@ fn complete(images: &MemoryDir, store: &Store, present: &[(Space, PageSet)]) -> 
         completed.criu_pages += done.criu_pages;
         completed.lazy.insert(process.vpid, done.lazy);
     }
+    for (space, pages) in present {
+        let Space::Shared(inode) = *space else { continue };
+        completed.criu_pages += complete_shared(images, store, inode, pages)?;
+    }
     Ok(completed)
+}
+
+/// A shared object is restored from the image, whole. Answers how many pages
+/// CRIU has saved of it: if any, then all, and what came by lane is dropped.
+fn complete_shared(
+    images: &MemoryDir,
+    store: &Store,
+    inode: u64,
+    present: &PageSet,
+) -> Result<u64> {
+    let space = Space::Shared(inode);
+    // In the image they are in memory as well: no page is here twice.
+    let mut fetch = |range, into: &mut [u8]| {
+        store.copy_out(space, range, into).map_err(io::Error::other)?;
+        store.forget(space, range).map_err(io::Error::other)
+    };
+    let done = pages::complete_shared(images, inode, present, &mut fetch)
+        .map_err(failed("complete CRIU's images"))?;
+    if done.criu_pages > 0 {
+        warn!(inode, pages = done.criu_pages, "CRIU has saved a shared object itself");
+        store
+            .present(space, &PageSet::new())
+            .map_err(failed("drop the pages of a shared object"))?;
+    }
+    Ok(done.criu_pages)
 }
 
 /// Whom the fault server kills when it must give up.

@@ -1,21 +1,26 @@
 //! Memory that leaves beside CRIU's images: how it is watched while the
 //! container runs, and how CRIU is kept from saving it once more.
 
-use std::{io, sync::Arc};
+use std::{env, io, path::PathBuf, sync::Arc};
 
 use tracing::warn;
 use transship_criu::{CriuError, Hidden, Hider, images::MemoryDir, pages};
-use transship_memory::{Memory, Tracker, Want};
+use transship_memory::{ContainerMemory, Memory, SharedObjects, Tracker, Want};
 use transship_migration::{MigrationError, chain};
 
 use transship_types::PageSet;
 
 use crate::{cgroup::Cgroup, container::Occupation, error::Error, tree};
 
+/// The file name of `transship-hollow`.
+const HOLLOW: &str = "libtransship_hollow.so";
+
 /// The memory of one departing container. Dropped, nobody watches it any
 /// more and CRIU sees it again.
 pub struct Outbound {
     memory: Arc<dyn Memory>,
+    /// The same, where shared objects are part of it.
+    whole: Option<Arc<ContainerMemory>>,
     hider: Option<Hider>,
     hidden: Option<Hidden>,
 }
@@ -24,14 +29,28 @@ impl Outbound {
     /// Everything slow, before the freeze; `criu_pid` is a CRIU that waits at
     /// an isolated gate. The error says why the memory must travel in CRIU's
     /// images.
-    pub async fn prepare(occupation: &Occupation, criu_pid: i32) -> Result<Self, String> {
+    /// `shared`: CRIU can be kept from saving shared objects.
+    pub async fn prepare(
+        occupation: &Occupation,
+        criu_pid: i32,
+        shared: bool,
+    ) -> Result<Self, String> {
         let cgroup = occupation.cgroup().map_err(|error| error.sentence())?.clone();
         let joined = tokio::task::spawn_blocking(move || {
             let hider = Hider::prepare(criu_pid).map_err(|error| chain(&error))?;
-            let pids = Box::new(move || pids(&cgroup));
-            let tracker = Tracker::new(pids, Want::Best).map_err(|error| chain(&error))?;
-            let memory: Arc<dyn Memory> = Arc::new(tracker);
-            Ok(Self { memory, hider: Some(hider), hidden: None })
+            let of_tracker = cgroup.clone();
+            let tracker = Tracker::new(Box::new(move || pids(&of_tracker)), Want::Best)
+                .map_err(|error| chain(&error))?;
+            let mut memory: Arc<dyn Memory> = Arc::new(tracker);
+            let mut whole = None;
+            if shared {
+                let objects = SharedObjects::new(Box::new(move || pids(&cgroup)))
+                    .map_err(|error| chain(&error))?;
+                let both = Arc::new(ContainerMemory::new(memory, objects));
+                memory = both.clone();
+                whole = Some(both);
+            }
+            Ok(Self { memory, whole, hider: Some(hider), hidden: None })
         });
         joined.await.map_err(|error| error.to_string())?
     }
@@ -39,6 +58,12 @@ impl Outbound {
     /// CRIU sees no pages.
     pub fn is_hidden(&self) -> bool {
         self.hidden.is_some()
+    }
+
+    /// The shared objects that the last scan has found, which go beside CRIU's
+    /// images.
+    pub fn shared(&self) -> Vec<(u64, u64)> {
+        self.whole.as_ref().map(|memory| memory.shared()).unwrap_or_default()
     }
 
     pub fn memory(&self) -> Arc<dyn Memory> {
@@ -78,6 +103,19 @@ impl Outbound {
             Err(error) => Err(MigrationError::runtime("freeze", error.to_string())),
         }
     }
+}
+
+/// The library that keeps shared objects from CRIU: beside this program, or
+/// where `make install` puts it.
+pub fn hollow_library() -> Option<PathBuf> {
+    let own = env::current_exe().ok()?;
+    let beside = own.parent()?;
+    let installed = beside.parent().map(|prefix| prefix.join("lib/transship"));
+    let found = [Some(beside.to_owned()), installed].into_iter().flatten();
+    let found = found.map(|folder| folder.join(HOLLOW)).find(|path| path.is_file())?;
+    // The loader's list knows no quotes.
+    let plain = found.to_str().is_some_and(|path| !path.contains([' ', ':']));
+    plain.then_some(found)
 }
 
 /// The guard regions of every process, by its id in the container. CRIU finds

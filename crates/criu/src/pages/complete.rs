@@ -1,4 +1,4 @@
-//! Putting pages into the images of one process.
+//! Putting pages into the images of one process, or of one shared object.
 
 use std::{
     fs::File,
@@ -6,7 +6,7 @@ use std::{
 };
 
 use prost::Message;
-use transship_types::{PAGE, PageRange, PageSet};
+use transship_types::{PAGE, PageRange, PageSet, Space};
 
 use super::{
     PagesError,
@@ -48,7 +48,8 @@ pub fn complete(
     present: &PageSet,
     fetch: &mut dyn FnMut(PageRange, &mut [u8]) -> io::Result<()>,
 ) -> Result<Completed, PagesError> {
-    let pagemap = Pagemap::read(dir, layout.vpid)?;
+    let space = Space::Process(layout.vpid);
+    let pagemap = Pagemap::read(dir, space)?;
     let saved: PageSet = pagemap.saved.iter().copied().collect();
     let mut missing = present.clone();
     missing.subtract(&saved);
@@ -70,11 +71,46 @@ pub fn complete(
         lazy,
     };
     if !eager.is_empty() {
-        pagemap.merge(dir, layout.vpid, &eager, fetch)?;
+        pagemap.merge(dir, space, &eager, fetch)?;
     } else if pagemap.marked_lazy {
-        write_pagemap(dir, layout.vpid, pagemap.pages_id, &pagemap.saved)?;
+        write_pagemap(dir, space, pagemap.pages_id, &pagemap.saved)?;
     }
     Ok(completed)
+}
+
+/// Where the contents of one shared object will come from.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct CompletedShared {
+    /// Pages that were written into the image now.
+    pub pages: u64,
+    /// Pages that CRIU had saved: then it has saved all of them.
+    pub criu_pages: u64,
+}
+
+/// Completes `pagemap-shmem-INODE.img` and its `pages-N.img` with the pages of
+/// a shared object that were `present` at the freeze, by their offset in it.
+///
+/// CRIU saves such an object whole or, where it was made to find it empty, not
+/// at all. If it saved it, its images stay as they are. An object that it does
+/// not know is an error: its contents would be lost.
+pub fn complete_shared(
+    dir: &MemoryDir,
+    inode: u64,
+    present: &PageSet,
+    fetch: &mut dyn FnMut(PageRange, &mut [u8]) -> io::Result<()>,
+) -> Result<CompletedShared, PagesError> {
+    if present.is_empty() {
+        // CRIU has no image for an object of no size.
+        return Ok(CompletedShared::default());
+    }
+    let space = Space::Shared(inode);
+    let pagemap = Pagemap::read(dir, space)?;
+    let criu_pages = pagemap.saved.iter().map(|range| range.pages()).sum();
+    if criu_pages > 0 {
+        return Ok(CompletedShared { pages: 0, criu_pages });
+    }
+    pagemap.merge(dir, space, present, fetch)?;
+    Ok(CompletedShared { pages: present.pages(), criu_pages: 0 })
 }
 
 /// What CRIU saved.
@@ -87,8 +123,8 @@ struct Pagemap {
 }
 
 impl Pagemap {
-    fn read(dir: &MemoryDir, vpid: u32) -> Result<Self, PagesError> {
-        let name = name_of(vpid);
+    fn read(dir: &MemoryDir, space: Space) -> Result<Self, PagesError> {
+        let name = name_of(space);
         let Some(image) = Image::read(dir, name.clone(), Type::Pagemap)? else {
             return Err(PagesError::Image { path: dir.path().join(name), why: "it is missing" });
         };
@@ -124,7 +160,7 @@ impl Pagemap {
     fn merge(
         &self,
         dir: &MemoryDir,
-        vpid: u32,
+        space: Space,
         eager: &PageSet,
         fetch: &mut dyn FnMut(PageRange, &mut [u8]) -> io::Result<()>,
     ) -> Result<(), PagesError> {
@@ -147,7 +183,7 @@ impl Pagemap {
                     let (now, later) = range.split(FETCHED_PAGES);
                     let bytes = &mut buffer[..now.bytes() as usize];
                     if let Err(source) = fetch(now, bytes) {
-                        failed = Some(PagesError::Fetch { vpid, range: now, source });
+                        failed = Some(PagesError::Fetch { space, range: now, source });
                         return Err(io::ErrorKind::Other.into());
                     }
                     new.write_all(bytes)?;
@@ -166,7 +202,7 @@ impl Pagemap {
             other => other.into(),
         })?;
         let ranges: Vec<PageRange> = all.into_iter().map(|(range, _)| range).collect();
-        write_pagemap(dir, vpid, self.pages_id, &ranges)
+        write_pagemap(dir, space, self.pages_id, &ranges)
     }
 }
 
@@ -189,7 +225,7 @@ fn copy(from: &mut File, at: u64, bytes: u64, to: &mut File) -> io::Result<()> {
 /// the other.
 fn write_pagemap(
     dir: &MemoryDir,
-    vpid: u32,
+    space: Space,
     pages_id: u32,
     ranges: &[PageRange],
 ) -> Result<(), PagesError> {
@@ -205,7 +241,7 @@ fn write_pagemap(
         };
         image.record(&entry.encode_to_vec());
     }
-    image.replace(dir, &name_of(vpid))
+    image.replace(dir, &name_of(space))
 }
 
 /// In pieces whose number of pages fits into 32 bits.
@@ -218,6 +254,9 @@ fn narrow(range: PageRange) -> impl Iterator<Item = PageRange> {
     })
 }
 
-fn name_of(vpid: u32) -> String {
-    format!("pagemap-{vpid}.img")
+fn name_of(space: Space) -> String {
+    match space {
+        Space::Process(vpid) => format!("pagemap-{vpid}.img"),
+        Space::Shared(inode) => format!("pagemap-shmem-{inode}.img"),
+    }
 }

@@ -14,7 +14,7 @@ use tracing::{info, warn};
 use transship_api::session::{Alive, RoundEnd, shim_message::Message};
 use transship_link::Channel;
 use transship_memory::{Backend, Dirty, Last, Memory};
-use transship_types::PAGE;
+use transship_types::{PAGE, Space};
 
 use super::{Connect, Progress, RoundProgress, Source, refusal, watched::Watched};
 use crate::{
@@ -197,6 +197,8 @@ impl Rounds {
         let round = report::Round { number, dirty_pages, scan, duration, ..Default::default() };
         self.report.add(round, &totals);
         self.report.total = last.present.iter().map(|(_, pages)| pages.pages() * PAGE).sum();
+        let shared = last.present.iter().filter(|(space, _)| matches!(space, Space::Shared(_)));
+        self.report.shared_bytes = shared.map(|(_, pages)| pages.pages() * PAGE).sum();
         Ok(())
     }
 
