@@ -53,7 +53,10 @@ pub(crate) fn criu_wrapper() -> Result<Option<PathBuf>> {
         .into_iter()
         .find(|path| Path::new(path).exists());
     let criu = criu.context("criu is not installed (hack/install-deps.sh installs it)")?;
-    let script = format!("#!/bin/sh\nLD_PRELOAD={}${{LD_PRELOAD:+:$LD_PRELOAD}} exec {criu} \"$@\"\n", library.display());
+    let script = format!(
+        "#!/bin/sh\nLD_PRELOAD={}${{LD_PRELOAD:+:$LD_PRELOAD}} exec {criu} \"$@\"\n",
+        library.display()
+    );
     if fs::read_to_string(&wrapper).ok().as_deref() != Some(&script) {
         let mut file = tempfile::NamedTempFile::new_in(&dir)?;
         std::io::Write::write_all(&mut file, script.as_bytes())?;

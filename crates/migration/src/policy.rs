@@ -105,6 +105,11 @@ pub fn decide(rounds: &[RoundFigures], budget: &Budget) -> Next {
     if idle < patience && alike < ROUNDS {
         return Next::Another;
     }
+    // Looking at all of a large shared memory takes its time in the pause, and
+    // no round and no throttle makes that less.
+    if expected_pause(rounds, budget).saturating_sub(last.scan) <= budget.max_pause {
+        return Next::Freeze;
+    }
     let step = STEPS.into_iter().find(|step| *step > last.throttle);
     match (budget.throttle, step, budget.post_copy) {
         (Throttle::Auto, Some(step), _) => Next::Throttle(step),
@@ -219,6 +224,11 @@ mod tests {
         // 400 MiB/s throughout, unless said otherwise.
         let whole = round(1024, 200, 2560, 0);
         let stuck = |throttle| round(200, 200, 500, throttle);
+        // Of which 300 ms are spent on finding out what to send.
+        let look = |pages, left| RoundFigures {
+            scan: Duration::from_millis(300),
+            ..round(pages, left, 300 + pages * 5 / 2, 0)
+        };
         let table: &[(&str, &[RoundFigures], &Budget, Next)] = &[
             ("nothing sent yet", &[], &strict, Another),
             ("idle", &[round(1024, 0, 2560, 0)], &strict, Freeze),
@@ -233,6 +243,14 @@ mod tests {
                 Freeze,
             ),
             ("one burst", &[whole, stuck(0)], &strict, Another),
+            ("a long look, and shrinking", &[look(64, 20)], &slow, Another),
+            (
+                "a long look that leaves little",
+                &[look(64, 20), look(20, 19), look(19, 19)],
+                &slow,
+                Freeze,
+            ),
+            ("a long look that leaves much", &[look(64, 60), look(60, 60)], &slow, Slow(20)),
             ("no way", &[whole, stuck(0), stuck(0)], &slow, Slow(20)),
             ("that was not enough", &[whole, stuck(0), stuck(0), stuck(20)], &slow, Slow(40)),
             ("it helps", &[stuck(0), stuck(0), round(200, 100, 500, 40)], &slow, Another),

@@ -7,4 +7,5 @@ mod faults;
 mod happy;
 mod memory;
 mod refusals;
+mod shared;
 mod world;

@@ -239,3 +239,49 @@ fn images_say_whose_network_it_is() {
     }
     assert!(shares_network(&process(&[], 0)).is_err());
 }
+
+/// As CRIU 4.2.1 writes it for an object that it found empty.
+const EMPTY: &str = "19435654 25400856 02000000 0803";
+
+#[test]
+fn a_shared_object_that_criu_found_empty_gets_its_pages() {
+    let dir = MemoryDir::create(None).unwrap();
+    put(&dir, "pagemap-shmem-77.img", &bytes(EMPTY));
+    put(&dir, "pages-3.img", b"");
+    let present = set(&[(0, 2), (300, 301)]);
+    let done = complete_shared(&dir, 77, &present, &mut fetch).unwrap();
+    assert_eq!(done, CompletedShared { pages: 3, criu_pages: 0 });
+    assert_eq!(firsts(&get(&dir, "pages-3.img")), [0, 1, 44]);
+    assert_eq!(
+        hex(&get(&dir, "pagemap-shmem-77.img")),
+        hex(&bytes(
+            "19435654 25400856 02000000 0803
+             08000000 0800 1002 2004 2802 0a000000 0880804b 1001 2004 2801"
+        ))
+    );
+}
+
+#[test]
+fn a_shared_object_that_criu_saved_stays_as_it_is() {
+    let dir = MemoryDir::create(None).unwrap();
+    let saved = format!("{EMPTY} 08000000 0800 1000 2004 2802");
+    put(&dir, "pagemap-shmem-77.img", &bytes(&saved));
+    put(&dir, "pages-3.img", &[9; 2 * PAGE as usize]);
+    let done = complete_shared(&dir, 77, &set(&[(0, 5)]), &mut fetch).unwrap();
+    assert_eq!(done, CompletedShared { pages: 0, criu_pages: 2 });
+    assert_eq!(get(&dir, "pagemap-shmem-77.img"), bytes(&saved));
+    assert_eq!(get(&dir, "pages-3.img"), [9; 2 * PAGE as usize]);
+}
+
+/// One of no size has no image; any other would be lost.
+#[test]
+fn a_shared_object_that_criu_does_not_know_is_an_error() {
+    let dir = MemoryDir::create(None).unwrap();
+    let done = complete_shared(&dir, 77, &PageSet::new(), &mut fetch).unwrap();
+    assert_eq!(done, CompletedShared::default());
+    let error = complete_shared(&dir, 77, &set(&[(0, 1)]), &mut fetch).unwrap_err();
+    assert!(error.to_string().contains("pagemap-shmem-77.img"), "{error}");
+    put(&dir, "pagemap-shmem-77.img", &bytes("19435654 25400856 02000000 0803 0100"));
+    let error = complete_shared(&dir, 77, &set(&[(0, 1)]), &mut fetch).unwrap_err();
+    assert!(matches!(error, PagesError::Image { .. }), "{error}");
+}
