@@ -105,9 +105,11 @@ pub fn decide(rounds: &[RoundFigures], budget: &Budget) -> Next {
     if idle < patience && alike < ROUNDS {
         return Next::Another;
     }
-    // Looking at all of a large shared memory takes its time in the pause, and
-    // no round and no throttle makes that less.
-    if expected_pause(rounds, budget).saturating_sub(last.scan) <= budget.max_pause {
+    // What no round and no throttle makes less (looking at all of a large shared
+    // memory, restoring it) may use up half of the budget at most: the other
+    // half is enough for what is left.
+    let certain = (budget.fixed + last.scan).min(budget.max_pause / 2);
+    if certain + sending.saturating_sub(budget.beside) <= budget.max_pause {
         return Next::Freeze;
     }
     let step = STEPS.into_iter().find(|step| *step > last.throttle);

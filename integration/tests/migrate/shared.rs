@@ -79,7 +79,7 @@ fn pause() -> Result<()> {
     let library = bin_dir()?.join("libtransship_hollow.so").exists();
     for mib in [128, 512] {
         with_agents(|world| {
-            start(world, mib, 500)?;
+            start(world, mib, 50)?;
             let mut sites = [&world.a, &world.b];
             for round in 1..=4 {
                 let [from, to] = sites;
