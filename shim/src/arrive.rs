@@ -7,6 +7,7 @@
 //! the first instruction runs.
 
 mod inbound;
+mod incoming;
 
 use std::{
     fs::{self, File},
@@ -161,7 +162,7 @@ impl Target for Landing<'_> {
     }
 
     fn store(&self) -> Option<Arc<dyn PageStore>> {
-        Some(self.inbound.store())
+        Some(self.inbound.store(self.images.clone()))
     }
 
     async fn next_lane(&mut self) -> std::result::Result<Connecting, MigrationError> {

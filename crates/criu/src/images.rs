@@ -98,6 +98,24 @@ impl MemoryDir {
         all().map_err(CriuError::file("writing", &path))
     }
 
+    /// Cuts a file off, or lets it end in a hole.
+    pub fn set_len(&self, name: &str, bytes: u64) -> Result<(), CriuError> {
+        let path = self.child(name)?;
+        let file = OpenOptions::new().write(true).open(&path);
+        file.and_then(|file| file.set_len(bytes)).map_err(CriuError::file("cutting", &path))
+    }
+
+    pub fn remove(&self, name: &str) -> Result<(), CriuError> {
+        let path = self.child(name)?;
+        fs::remove_file(&path).map_err(CriuError::file("removing", &path))
+    }
+
+    /// Puts a file in the place of another, or of none.
+    pub fn rename(&self, from: &str, to: &str) -> Result<(), CriuError> {
+        let path = self.child(to)?;
+        fs::rename(self.child(from)?, &path).map_err(CriuError::file("writing", &path))
+    }
+
     /// Names come from a peer: one component, no way out of the directory.
     fn child(&self, name: &str) -> Result<PathBuf, CriuError> {
         let plain = Path::new(name).file_name().is_some_and(|last| last == name);

@@ -73,11 +73,11 @@ mod tests {
             file.write_all(b"contents").unwrap();
             file
         });
-        assert_eq!(files.each_ref().map(|file| sys::data(file)), [Some(0), Some(0)], "no list yet");
+        assert_eq!(files.each_ref().map(sys::data), [Some(0), Some(0)], "no list yet");
         let object = sys::object(std::os::fd::AsRawFd::as_raw_fd(&files[0])).unwrap();
         let list = std::path::Path::new(&dir).join("list");
         fs::write(&list, format!("{} {}\n", object.0, object.1)).unwrap();
-        assert_eq!(files.each_ref().map(|file| sys::data(file)), [None, Some(0)]);
+        assert_eq!(files.each_ref().map(sys::data), [None, Some(0)]);
         assert_eq!(sys::end(&files[0]), 8, "every other question goes to the kernel");
     }
 }

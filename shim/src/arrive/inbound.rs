@@ -2,8 +2,9 @@
 //! under the restored processes.
 //!
 //! ```text
-//!   lanes ──▶ Store ──┬─▶ eager pages and shared objects: into CRIU's images,
-//!                     │   before the restore
+//!   lanes ──▶ Incoming ─▶ a file per shared object: becomes CRIU's image
+//!               ▼
+//!             Store ──┬─▶ eager pages: into CRIU's images, before the restore
 //!                     └─▶ lazy pages: fault server, from the first descriptor
 //!                         that CRIU gives it on, until every page is placed
 //! ```
@@ -24,9 +25,10 @@ use futures::future::BoxFuture;
 use tracing::{error, warn};
 use transship_criu::{images::MemoryDir, pages};
 use transship_memory::{FaultOptions, FaultServer, Serving, Store};
-use transship_migration::{MigrationError, chain, report};
+use transship_migration::{MigrationError, PageStore, chain, report};
 use transship_types::{PageSet, Space};
 
+use super::incoming::{Incoming, name_of};
 use crate::{
     cgroup::{self, Cgroup},
     guardian::Guardian,
@@ -90,8 +92,9 @@ impl Inbound {
         Ok(())
     }
 
-    pub fn store(&self) -> Arc<Store> {
-        self.store.clone()
+    /// What takes in the pages, those of shared objects among `images`.
+    pub fn store(&self, images: Arc<MemoryDir>) -> Arc<dyn PageStore> {
+        Arc::new(Incoming::new(self.store.clone(), images, self.room))
     }
 
     /// Completes CRIU's images with the pages that must be there before the
@@ -213,32 +216,18 @@ fn complete(images: &MemoryDir, store: &Store, present: &[(Space, PageSet)]) -> 
     }
     for (space, pages) in present {
         let Space::Shared(inode) = *space else { continue };
-        completed.criu_pages += complete_shared(images, store, inode, pages)?;
+        completed.criu_pages += complete_shared(images, inode, pages)?;
     }
     Ok(completed)
 }
 
 /// A shared object is restored from the image, whole. Answers how many pages
 /// CRIU has saved of it: if any, then all, and what came by lane is dropped.
-fn complete_shared(
-    images: &MemoryDir,
-    store: &Store,
-    inode: u64,
-    present: &PageSet,
-) -> Result<u64> {
-    let space = Space::Shared(inode);
-    // In the image they are in memory as well: no page is here twice.
-    let mut fetch = |range, into: &mut [u8]| {
-        store.copy_out(space, range, into).map_err(io::Error::other)?;
-        store.forget(space, range).map_err(io::Error::other)
-    };
-    let done = pages::complete_shared(images, inode, present, &mut fetch)
+fn complete_shared(images: &MemoryDir, inode: u64, present: &PageSet) -> Result<u64> {
+    let done = pages::complete_shared(images, inode, present, &name_of(inode))
         .map_err(failed("complete CRIU's images"))?;
     if done.criu_pages > 0 {
         warn!(inode, pages = done.criu_pages, "CRIU has saved a shared object itself");
-        store
-            .present(space, &PageSet::new())
-            .map_err(failed("drop the pages of a shared object"))?;
     }
     Ok(done.criu_pages)
 }

@@ -3,6 +3,7 @@
 use std::{
     fs::File,
     io::{self, Seek, SeekFrom, Write},
+    os::unix::fs::FileExt,
 };
 
 use prost::Message;
@@ -89,6 +90,8 @@ pub struct CompletedShared {
 
 /// Completes `pagemap-shmem-INODE.img` and its `pages-N.img` with the pages of
 /// a shared object that were `present` at the freeze, by their offset in it.
+/// `contents` is a file of `dir` in which each page is at its offset, and
+/// nothing else but holes; it is there no more afterwards.
 ///
 /// CRIU saves such an object whole or, where it was made to find it empty, not
 /// at all. If it saved it, its images stay as they are. An object that it does
@@ -97,20 +100,34 @@ pub fn complete_shared(
     dir: &MemoryDir,
     inode: u64,
     present: &PageSet,
-    fetch: &mut dyn FnMut(PageRange, &mut [u8]) -> io::Result<()>,
+    contents: &str,
 ) -> Result<CompletedShared, PagesError> {
-    if present.is_empty() {
+    let Some(end) = present.iter().last().map(|range| range.end()) else {
         // CRIU has no image for an object of no size.
         return Ok(CompletedShared::default());
-    }
+    };
     let space = Space::Shared(inode);
     let pagemap = Pagemap::read(dir, space)?;
     let criu_pages = pagemap.saved.iter().map(|range| range.pages()).sum();
     if criu_pages > 0 {
+        dir.remove(contents)?;
         return Ok(CompletedShared { pages: 0, criu_pages });
     }
-    pagemap.merge(dir, space, present, fetch)?;
-    Ok(CompletedShared { pages: present.pages(), criu_pages: 0 })
+    let pages = present.pages();
+    let done = CompletedShared { pages, criu_pages: 0 };
+    let whole = PageRange::new(0, end).ok().filter(|whole| whole.pages() - pages <= pages / 8);
+    if let Some(whole) = whole {
+        // Few holes, which become zeros: it is the image already.
+        dir.set_len(contents, end)?;
+        dir.rename(contents, &format!("pages-{}.img", pagemap.pages_id))?;
+        write_pagemap(dir, space, pagemap.pages_id, &[whole])?;
+        return Ok(done);
+    }
+    let file = dir.open(contents)?;
+    pagemap
+        .merge(dir, space, present, &mut |range, into| file.read_exact_at(into, range.start()))?;
+    dir.remove(contents)?;
+    Ok(done)
 }
 
 /// What CRIU saved.

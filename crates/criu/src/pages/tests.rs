@@ -243,22 +243,43 @@ fn images_say_whose_network_it_is() {
 /// As CRIU 4.2.1 writes it for an object that it found empty.
 const EMPTY: &str = "19435654 25400856 02000000 0803";
 
+/// A file with the pages of `present` at their offsets.
+fn contents(dir: &MemoryDir, present: &PageSet) {
+    use std::os::unix::fs::FileExt;
+    let file = dir.create_file("contents").unwrap();
+    for range in present.iter() {
+        let mut bytes = vec![0; range.bytes() as usize];
+        fetch(range, &mut bytes).unwrap();
+        file.write_all_at(&bytes, range.start()).unwrap();
+    }
+}
+
 #[test]
 fn a_shared_object_that_criu_found_empty_gets_its_pages() {
-    let dir = MemoryDir::create(None).unwrap();
-    put(&dir, "pagemap-shmem-77.img", &bytes(EMPTY));
-    put(&dir, "pages-3.img", b"");
-    let present = set(&[(0, 2), (300, 301)]);
-    let done = complete_shared(&dir, 77, &present, &mut fetch).unwrap();
-    assert_eq!(done, CompletedShared { pages: 3, criu_pages: 0 });
-    assert_eq!(firsts(&get(&dir, "pages-3.img")), [0, 1, 44]);
-    assert_eq!(
-        hex(&get(&dir, "pagemap-shmem-77.img")),
-        hex(&bytes(
-            "19435654 25400856 02000000 0803
-             08000000 0800 1002 2004 2802 0a000000 0880804b 1001 2004 2801"
-        ))
-    );
+    for (present, firsts_are, entries) in [
+        (
+            set(&[(1, 3), (300, 301)]),
+            vec![1, 2, 44],
+            "09000000 08 8020 1002 2004 2802 0a000000 08 80804b 1001 2004 2801",
+        ),
+        // One hole among many pages is not worth copying all the others.
+        (
+            set(&[(0, 2), (3, 12)]),
+            vec![0, 1, 0, 3, 4, 5, 6, 7, 8, 9, 10, 11],
+            "08000000 0800 100c 2004 280c",
+        ),
+    ] {
+        let dir = MemoryDir::create(None).unwrap();
+        put(&dir, "pagemap-shmem-77.img", &bytes(EMPTY));
+        put(&dir, "pages-3.img", b"");
+        contents(&dir, &present);
+        let done = complete_shared(&dir, 77, &present, "contents").unwrap();
+        assert_eq!(done, CompletedShared { pages: present.pages(), criu_pages: 0 });
+        assert_eq!(firsts(&get(&dir, "pages-3.img")), firsts_are);
+        let pagemap = hex(&get(&dir, "pagemap-shmem-77.img"));
+        assert_eq!(pagemap, hex(&bytes(&format!("{EMPTY} {entries}"))));
+        assert!(dir.open("contents").is_err());
+    }
 }
 
 #[test]
@@ -267,21 +288,24 @@ fn a_shared_object_that_criu_saved_stays_as_it_is() {
     let saved = format!("{EMPTY} 08000000 0800 1000 2004 2802");
     put(&dir, "pagemap-shmem-77.img", &bytes(&saved));
     put(&dir, "pages-3.img", &[9; 2 * PAGE as usize]);
-    let done = complete_shared(&dir, 77, &set(&[(0, 5)]), &mut fetch).unwrap();
+    contents(&dir, &set(&[(0, 5)]));
+    let done = complete_shared(&dir, 77, &set(&[(0, 5)]), "contents").unwrap();
     assert_eq!(done, CompletedShared { pages: 0, criu_pages: 2 });
     assert_eq!(get(&dir, "pagemap-shmem-77.img"), bytes(&saved));
     assert_eq!(get(&dir, "pages-3.img"), [9; 2 * PAGE as usize]);
+    assert!(dir.open("contents").is_err());
 }
 
 /// One of no size has no image; any other would be lost.
 #[test]
 fn a_shared_object_that_criu_does_not_know_is_an_error() {
     let dir = MemoryDir::create(None).unwrap();
-    let done = complete_shared(&dir, 77, &PageSet::new(), &mut fetch).unwrap();
+    let done = complete_shared(&dir, 77, &PageSet::new(), "contents").unwrap();
     assert_eq!(done, CompletedShared::default());
-    let error = complete_shared(&dir, 77, &set(&[(0, 1)]), &mut fetch).unwrap_err();
+    contents(&dir, &set(&[(0, 1)]));
+    let error = complete_shared(&dir, 77, &set(&[(0, 1)]), "contents").unwrap_err();
     assert!(error.to_string().contains("pagemap-shmem-77.img"), "{error}");
     put(&dir, "pagemap-shmem-77.img", &bytes("19435654 25400856 02000000 0803 0100"));
-    let error = complete_shared(&dir, 77, &set(&[(0, 1)]), &mut fetch).unwrap_err();
+    let error = complete_shared(&dir, 77, &set(&[(0, 1)]), "contents").unwrap_err();
     assert!(matches!(error, PagesError::Image { .. }), "{error}");
 }
