@@ -105,11 +105,10 @@ pub fn decide(rounds: &[RoundFigures], budget: &Budget) -> Next {
     if idle < patience && alike < ROUNDS {
         return Next::Another;
     }
-    // What no round and no throttle makes less (looking at all of a large shared
-    // memory, restoring it) may use up half of the budget at most: the other
-    // half is enough for what is left.
-    let certain = (budget.fixed + last.scan).min(budget.max_pause / 2);
-    if certain + sending.saturating_sub(budget.beside) <= budget.max_pause {
+    // Looking at all of a large shared memory takes its time, and no round and
+    // no throttle makes that less.
+    let sending = sending.saturating_sub(budget.beside);
+    if sending <= room.max(budget.max_pause / PAGES_OWN) {
         return Next::Freeze;
     }
     let step = STEPS.into_iter().find(|step| *step > last.throttle);
