@@ -62,7 +62,10 @@ fn of_memory(m: &WatchResponse, way: Option<&Way>, say: &mut impl FnMut(&str, St
     }
     if m.shared_bytes >= WORTH_A_WORD {
         let (size, takes) = (mib(m.shared_bytes), takes(m.shared_bytes));
-        say("shared-memory", format!("{size} of shared memory are restored inside the pause{takes}"));
+        say(
+            "shared-memory",
+            format!("{size} of shared memory are restored inside the pause{takes}"),
+        );
     }
     if m.tmpfs_bytes >= WORTH_A_WORD {
         let (size, takes) = (mib(m.tmpfs_bytes), takes(m.tmpfs_bytes));

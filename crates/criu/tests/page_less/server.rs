@@ -5,7 +5,7 @@ use std::{
     collections::HashMap,
     io::{IoSliceMut, Read},
     os::{
-        fd::{AsRawFd, FromRawFd, OwnedFd},
+        fd::{AsRawFd, OwnedFd},
         unix::net::{UnixListener, UnixStream},
     },
     path::Path,
@@ -74,6 +74,5 @@ fn next(criu: &mut UnixStream) -> Result<Option<(i32, OwnedFd)>> {
         ControlMessageOwned::ScmRights(fds) => fds.first().copied(),
         _ => None,
     });
-    // SAFETY: SCM_RIGHTS has just installed it for us.
-    Ok(Some((vpid, unsafe { OwnedFd::from_raw_fd(fds.context("no descriptor")?) })))
+    Ok(Some((vpid, sys::received(fds.context("no descriptor")?))))
 }

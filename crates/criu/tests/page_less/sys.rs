@@ -171,3 +171,9 @@ pub fn serve(uffd: OwnedFd, memory: &Memory, served: &AtomicUsize) {
 fn number(bytes: &[u8]) -> u64 {
     bytes.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte))
 }
+
+/// Takes over a descriptor that SCM_RIGHTS has just brought.
+pub fn received(descriptor: i32) -> OwnedFd {
+    // SAFETY: the kernel has installed it for us, and nobody else knows it.
+    unsafe { OwnedFd::from_raw_fd(descriptor) }
+}
