@@ -81,7 +81,10 @@ promise! {
     fn running_out_of_memory_is_told(world) {
         let events = world.api.events()?;
         let limit = (24u64 << 20).to_string();
-        world.container("one", &["--memory-limit", &limit], &["sh", "-c", "head -c 1000000000 /dev/zero | tail -c 900000000 >/dev/null; sleep 1000"])?;
+        // Nobody but the one to be killed asks for memory.
+        let script = "(echo 1000 > /proc/self/oom_score_adj; exec tail -c 900000000 /dev/zero); \
+                      sleep 1000";
+        world.container("one", &["--memory-limit", &limit], &["sh", "-c", script])?;
         world.api.create("one", &Stdio::null().streams, None)?;
         world.api.start("one", "")?;
         events.await_one("one", "oom")?;
