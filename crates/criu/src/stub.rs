@@ -70,11 +70,6 @@ fn run(gate: Option<&Path>, arguments: &[OsString]) -> io::Error {
     let Some(criu) = features::find_criu() else {
         return io::Error::new(io::ErrorKind::NotFound, "no criu in PATH");
     };
-    if let (Some(gate), Some(number)) = (gate, rpc_descriptor(arguments))
-        && let Err(error) = hand_over(gate, number)
-    {
-        return error;
-    }
     if let Some(namespace) = env::var_os(NETWORK)
         && let Err(error) = sys::join_network_namespace(Path::new(&namespace))
     {
@@ -85,6 +80,12 @@ fn run(gate: Option<&Path>, arguments: &[OsString]) -> io::Error {
         && let Err(error) = sys::own_mount_namespace()
     {
         return io::Error::new(error.kind(), format!("a mount namespace for CRIU: {error}"));
+    }
+    // Last: whoever has the conversation finds this process where it will stay.
+    if let (Some(gate), Some(number)) = (gate, rpc_descriptor(arguments))
+        && let Err(error) = hand_over(gate, number)
+    {
+        return error;
     }
     let mut command = Command::new(&criu);
     command.arg0("criu").args(arguments);
