@@ -35,14 +35,14 @@ use transship_migration::{
     pages::RateLimit,
     settle,
 };
-use transship_types::{Epoch, MigrationId, NodeName, Ticket, paths};
+use transship_types::{Epoch, MigrationId, NodeName, Ticket, paths, quantity::micros};
 
 use crate::{
     depart::Leaving,
     error::{Error, Result},
     inspect, plan,
     pod::Pod,
-    tuning::{self, micros},
+    tuning,
 };
 
 /// Events on their way to the agent; it reads faster than phases change.

@@ -21,7 +21,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use transship_api::control::WatchResponse;
 use transship_memory::{Backend, Dirty, Memory, MemoryError, Tracker, Want, codec};
-use transship_types::{PAGE, PageRange};
+use transship_types::{PAGE, PageRange, quantity::micros};
 
 use self::heat::Heat;
 use crate::{
@@ -231,10 +231,6 @@ fn zero_pages(tracker: &Tracker, all: &Dirty) -> std::result::Result<u64, Memory
 fn median(mut times: Vec<Duration>) -> Duration {
     times.sort_unstable();
     times.get(times.len() / 2).copied().unwrap_or_default()
-}
-
-fn micros(time: Duration) -> u64 {
-    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ use transship_memory::Backend;
 use transship_migration::{Budget, Options, PostCopy, Throttle, report};
 use transship_types::{
     PAGE,
+    quantity::micros,
     tuning::{LANES, MAX_PAUSE},
 };
 
@@ -139,10 +140,6 @@ fn filled(fill: &report::Fill) -> FillReport {
     message.pages = fill.pages;
     message.duration_us = micros(fill.duration);
     message
-}
-
-pub fn micros(time: Duration) -> u64 {
-    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

@@ -26,7 +26,7 @@ use transship_api::{
     session::{Arrived, Discard, Offer, Prepare, agent_message::Message},
 };
 use transship_link::{Channel, connect_agent};
-use transship_types::{Code, ContainerKey, MigrationId, Refusal, Ticket};
+use transship_types::{Code, ContainerKey, MigrationId, Refusal, Ticket, quantity::micros};
 
 use crate::{
     book::{End, Ending, Entry, Live, Record, Role},
@@ -443,8 +443,4 @@ fn listed_once(phases: Vec<PhaseTime>) -> Vec<PhaseTime> {
 
 fn cancelled() -> Failure {
     Failure(vec![Refusal::new(Code::Cancelled, "the migration was cancelled", "")])
-}
-
-fn micros(duration: Duration) -> u64 {
-    duration.as_micros().try_into().unwrap_or(u64::MAX)
 }

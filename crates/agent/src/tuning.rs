@@ -6,7 +6,11 @@ use std::time::Duration;
 use serde::{Deserialize, Deserializer, de::Error};
 use transship_api::control::Tuning;
 use transship_migration::{Budget, PostCopy, Throttle};
-use transship_types::{Code, quantity, tuning};
+use transship_types::{
+    Code,
+    quantity::{self, micros},
+    tuning,
+};
 
 use crate::failure::{Failure, Step};
 
@@ -123,10 +127,6 @@ fn or<T: Default + PartialEq>(wish: T, otherwise: T) -> T {
 fn word(wish: &str, configured: Option<&String>) -> String {
     let chosen = Some(wish).filter(|w| !w.is_empty()).or(configured.map(String::as_str));
     chosen.unwrap_or_default().into()
-}
-
-fn micros(duration: Duration) -> u64 {
-    duration.as_micros().try_into().unwrap_or(u64::MAX)
 }
 
 type Read<T, E> = Result<Option<T>, E>;

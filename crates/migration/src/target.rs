@@ -19,7 +19,7 @@ use tracing::{debug, error, info, warn};
 use transship_api::session::{Filled, Prepared, Refused, Running, Waiting, shim_message::Message};
 use transship_link::Channel;
 use transship_memory::{MemoryError, Store};
-use transship_types::{Code, PageRange, PageSet, Refusal, Space, Ticket};
+use transship_types::{Code, PageRange, PageSet, Refusal, Space, Ticket, quantity::micros};
 
 use self::landing::Landing;
 use crate::{
@@ -246,10 +246,6 @@ async fn rest(mut channel: Channel, filling: Option<BoxFuture<'static, Option<Fi
         // It does not wait for ever.
         debug!(error = chain(&error), "the source does not listen any more");
     }
-}
-
-fn micros(time: Duration) -> u64 {
-    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// Nothing stays here; only then the source may be told so.

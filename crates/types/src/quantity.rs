@@ -13,6 +13,12 @@ pub enum InvalidQuantity {
     Rate(String),
 }
 
+/// As messages and reports carry a duration. Longer than they can say is as
+/// long as they can.
+pub fn micros(duration: Duration) -> u64 {
+    duration.as_micros().try_into().unwrap_or(u64::MAX)
+}
+
 const DURATIONS: [(&str, f64); 5] =
     [("us", 1e-6), ("µs", 1e-6), ("ms", 1e-3), ("s", 1.0), ("min", 60.0)];
 

@@ -20,7 +20,7 @@ use transship_migration::{
     Budget,
     policy::{self, Next, RoundFigures},
 };
-use transship_types::PAGE;
+use transship_types::{PAGE, quantity::micros};
 
 /// CRIU saves and restores what lies beside private memory, both inside the
 /// pause: bytes per second, as measured for 1 GiB on a small machine.
@@ -187,10 +187,6 @@ fn round(number: usize, pages: u64, zero: u64, scan: Duration, duration: Duratio
         duration_us: micros(duration),
         ..Default::default()
     }
-}
-
-fn micros(time: Duration) -> u64 {
-    time.as_micros().try_into().unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

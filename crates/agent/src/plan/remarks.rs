@@ -1,8 +1,7 @@
 //! What will take long or is risky, and why, in sentences.
 
-use std::time::Duration;
-
 use transship_api::control::{PlanResponse, Remark, Tuning, WatchResponse};
+use transship_types::quantity::micros;
 
 use super::predict::{self, Way};
 use crate::tuning;
@@ -86,10 +85,6 @@ fn mib(bytes: u64) -> String {
 
 fn millis(us: u64) -> String {
     format!("{} ms", us.div_ceil(1000))
-}
-
-fn micros(time: Duration) -> u64 {
-    time.as_micros().try_into().unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]
