@@ -13,7 +13,7 @@ use transship_memory::{Backend, Memory, Tracker, Want};
 use transship_types::Refusal;
 
 use crate::{
-    failure::{Failure, Step, chain, from_session},
+    failure::{Failure, Step, chain},
     node::Node,
     preflight, talk,
 };
@@ -113,14 +113,14 @@ async fn probe(node: &Node, peer: &str) -> Step<(String, Vec<Refusal>)> {
     match talk::ask(channel, Message::Probe(Probe {}), ANSWER).await? {
         Message::ProbeResult(result) => {
             let there = result.host.unwrap_or_default();
-            let mut refusals: Vec<_> = result.refusals.into_iter().map(from_session).collect();
-            refusals.extend(preflight::hosts(&node.host().await, &there));
+            let refusals = preflight::hosts(&node.host().await, &there);
             let summary = format!(
                 "{} at {}: Linux {}, CRIU {}, {}",
                 to.name, to.address, there.kernel, there.criu, there.architecture
             );
             Ok((summary, refusals))
         }
+        Message::Failure(failure) => Err(Failure::from_message(&to.name, failure)),
         other => Err(talk::out_of_place(&to.name, &other)),
     }
 }

@@ -26,7 +26,7 @@ use thiserror::Error;
 use transship_link::Credentials;
 use transship_types::{NodeName, RUNTIME, RUNTIME_AS_RUNC, paths};
 
-use crate::tuning::Memory;
+use crate::{access::Nodes, tuning::Memory};
 
 /// The port of a node's agent unless told otherwise.
 pub const PORT: u16 = 7430;
@@ -61,8 +61,12 @@ pub struct Config {
     pub credentials: Credentials,
     #[serde(default)]
     pub peers: BTreeMap<NodeName, Peer>,
-    /// Nodes that may send containers here; absent: every node of our CA.
-    pub allow: Option<Vec<NodeName>>,
+    /// Nodes that may send containers here.
+    #[serde(default)]
+    pub receive_from: Nodes,
+    /// Nodes to which containers may be sent from here.
+    #[serde(default)]
+    pub send_to: Nodes,
     #[serde(default)]
     pub containerd: Containerd,
     /// containerd's names for runtimes that are our shim.
@@ -131,7 +135,8 @@ impl Default for Config {
             listen: default_listen(),
             credentials: default_credentials(),
             peers: BTreeMap::new(),
-            allow: None,
+            receive_from: Nodes::default(),
+            send_to: Nodes::default(),
             containerd: Containerd::default(),
             runtimes: default_runtimes(),
             limits: Limits::default(),
@@ -196,7 +201,8 @@ mod tests {
             r#"
             node = "a"
             listen = "10.0.0.1:99"
-            allow = ["b"]
+            receive_from = ["b"]
+            send_to = ["rack1-*", "b"]
             runtimes = ["io.containerd.transship.v2"]
             credentials = { ca = "/c", certificate = "/n", key = "/k" }
             [peers.b]
@@ -231,6 +237,8 @@ mod tests {
             ("[peers.B]\naddress = \"b:1\"", "line 1", "only a-z"),
             ("node = 7", "line 1", "string"),
             ("[peers.b]\n", "line 1", "address"),
+            ("\nreceive_from = [\"b_*\"]", "line 2", "only a-z"),
+            ("send_to = \"b\"", "line 1", "sequence"),
             ("[memory]\nmax_pause = 100", "line 2", "string"),
             ("[memory]\nmax_pause = \"2h\"", "line 2", "100ms"),
             ("[memory]\nmax_pause = \"90s\"", "line 2", "from 1ms to 60s"),

@@ -8,6 +8,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod access;
 pub mod authority;
 pub mod book;
 mod check;

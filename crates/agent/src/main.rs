@@ -45,7 +45,8 @@ Environment:
 ///
 ///   node = "node-a"               # default: as the certificate says
 ///   listen = "0.0.0.0:7430"
-///   allow = ["node-b"]            # default: every node of the CA
+///   receive_from = ["node-b"]     # default: every node of the CA
+///   send_to = ["rack1-*"]         # default: every node of the CA
 ///   runtimes = ["io.containerd.transship.v2", "io.containerd.runc.v2-transship"]
 ///   [credentials]                 # default: these three
 ///   ca = "/etc/transship/ca.pem"

@@ -5,9 +5,10 @@ use std::{fs, io, io::Read, path::PathBuf, sync::Arc};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use transship_api::session::Host;
 use transship_link::{LinkError, Trust, arrivals::Arrivals};
-use transship_types::{Code, NodeName, paths};
+use transship_types::{Code, NodeName, Refusal, paths};
 
 use crate::{
+    access,
     book::Book,
     config::{Config, is_address},
     daemon::Daemon,
@@ -97,11 +98,13 @@ impl Node {
         self.config.runtimes.iter().any(|name| name == runtime)
     }
 
-    pub fn admits(&self, peer: &NodeName) -> bool {
-        self.config.allow.as_ref().is_none_or(|allowed| allowed.contains(peer))
+    /// Why nothing is taken from `peer`.
+    pub fn refuses(&self, peer: &NodeName) -> Option<Refusal> {
+        access::receive(self.name(), &self.config.receive_from, peer)
     }
 
-    /// A node of the configuration, or `NODE@HOST:PORT`.
+    /// A node of the configuration, or `NODE@HOST:PORT`, to which containers
+    /// may be sent from here.
     pub fn find(&self, text: &str) -> Step<Destination> {
         let found = match text.split_once('@') {
             Some((name, address)) if is_address(address) => {
@@ -134,7 +137,10 @@ impl Node {
                 "name another node",
             ));
         }
-        Ok(found)
+        match access::send(self.name(), &self.config.send_to, &found.name) {
+            Some(refusal) => Err(Failure(vec![refusal])),
+            None => Ok(found),
+        }
     }
 }
 

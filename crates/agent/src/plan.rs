@@ -56,7 +56,7 @@ pub async fn plan(node: &Node, request: &PlanRequest) -> Step<PlanResponse> {
         Ok(answer) => {
             refusals.extend(answer.refusals);
             response.content_bytes = subject.bytes_of(&answer.missing);
-            response.link = answer.link.into();
+            response.link = Some(answer.link).into();
         }
         Err(Failure(reasons)) => refusals.extend(reasons),
     }

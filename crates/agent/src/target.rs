@@ -71,15 +71,18 @@ pub async fn serve(node: Arc<Node>, mut channel: Channel) {
                 return;
             }
         };
-        let answer = match message {
-            Message::Offer(offer) => return arrival(node, channel, offer).await,
-            Message::Probe(_) => Ok(questions::probe(&node, &channel.peer).await),
-            Message::Consider(what) => Ok(questions::consider(&node, &channel.peer, what).await),
-            Message::LinkProbe(_) => questions::link_probe(&node, &mut channel).await,
-            Message::Inquiry(inquiry) => {
+        let answer = match (message, node.refuses(&channel.peer)) {
+            // Also for a peer that might send once and may not any more: its
+            // container stands still until it knows what became of it.
+            (Message::Inquiry(inquiry), _) => {
                 Ok(questions::standing(&node, &channel.peer, &inquiry.migration))
             }
-            other => Err(talk::out_of_place(&channel.peer, &other)),
+            (_, Some(refusal)) => Err(Failure(vec![refusal])),
+            (Message::Offer(offer), None) => return arrival(node, channel, offer).await,
+            (Message::Probe(_), None) => Ok(questions::probe(&node).await),
+            (Message::Consider(what), None) => Ok(questions::consider(&node, what).await),
+            (Message::LinkProbe(_), None) => questions::link_probe(&node, &mut channel).await,
+            (other, None) => Err(talk::out_of_place(&channel.peer, &other)),
         };
         let answered = match answer {
             Ok(answer) => talk::send(&mut channel, answer).await,
@@ -121,9 +124,6 @@ async fn admit(
     offer: Offer,
 ) -> Step<(Checked, Entry, Vec<String>)> {
     let offer = offer::check(offer)?;
-    if let Some(refusal) = questions::admission(node, peer) {
-        return Err(Failure(vec![refusal]));
-    }
     let facts = preflight::gather(node, &offer).await?;
     let refusals = preflight::judge(&offer, &facts, &node.config.limits);
     if !refusals.is_empty() {

@@ -21,6 +21,8 @@ pub enum Code {
     Unreachable,
     /// TLS failed, or the certificate names somebody else.
     NotTrusted,
+    /// A node that is known, and may not do this.
+    NotAllowed,
     /// The peer speaks another protocol version.
     Protocol,
     /// CRIU is missing, too old, or fails its probe.
@@ -70,6 +72,7 @@ impl Code {
             Code::UnknownNode => "unknown-node",
             Code::Unreachable => "unreachable",
             Code::NotTrusted => "not-trusted",
+            Code::NotAllowed => "not-allowed",
             Code::Protocol => "protocol",
             Code::Criu => "criu",
             Code::Cpu => "cpu",

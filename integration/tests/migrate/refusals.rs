@@ -162,8 +162,8 @@ fn nodes_that_are_not_fit() -> Result<()> {
         b.configure_with(&b.dir().join("misnamed"), "")?;
         with_agent(b, &[], || refuses(world, id, "not-trusted", "b"))?;
 
-        b.configure("allow = [\"z\"]")?;
-        with_agent(b, &[], || refuses(world, id, "not-trusted", "takes no containers from a"))?;
+        b.configure("receive_from = [\"z*\"]")?;
+        with_agent(b, &[], || refuses(world, id, "not-allowed", "takes no containers from a"))?;
         b.configure("")?;
 
         with_agent(b, &["TRANSSHIP_CRIU=/nonexistent"], || {

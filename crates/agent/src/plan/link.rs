@@ -7,7 +7,7 @@ use transship_api::{
     session::{Consider, LinkProbe, Offer, agent_message::Message},
 };
 use transship_link::{Channel, connect_agent};
-use transship_types::{Code, Refusal};
+use transship_types::Refusal;
 
 use crate::{
     failure::{Failure, Step, from_session},
@@ -30,8 +30,7 @@ pub struct Answer {
     pub refusals: Vec<Refusal>,
     /// Digests it would ask for.
     pub missing: Vec<String>,
-    /// None: it takes nothing from us, and is not to be measured either.
-    pub link: Option<LinkReport>,
+    pub link: LinkReport,
 }
 
 pub async fn ask(node: &Node, to: &Destination, offer: Offer) -> Step<Answer> {
@@ -47,8 +46,7 @@ pub async fn ask(node: &Node, to: &Destination, offer: Offer) -> Step<Answer> {
             Message::Failure(failure) => return Err(Failure::from_message(&to.name, failure)),
             other => return Err(talk::out_of_place(&to.name, &other)),
         };
-    let admitted = !refusals.iter().any(|r| r.code == Code::NotTrusted);
-    let link = if admitted { Some(measure(&mut channel).await?) } else { None };
+    let link = measure(&mut channel).await?;
     let _ = channel.writer.close().await;
     Ok(Answer { refusals, missing, link })
 }

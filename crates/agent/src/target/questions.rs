@@ -22,10 +22,9 @@ const PIECE: Duration = Duration::from_secs(10);
 /// Far beyond what a link carries in the time that a probe takes.
 const PROBE_MAX: u64 = 8 << 30;
 
-pub async fn probe(node: &Node, peer: &NodeName) -> Message {
+pub async fn probe(node: &Node) -> Message {
     let host = Some(node.host().await);
-    let refusals = admission(node, peer).iter().map(to_session).collect();
-    Message::ProbeResult(ProbeResult { host, refusals })
+    Message::ProbeResult(ProbeResult { host })
 }
 
 /// Only the node that a migration came from learns of it.
@@ -43,18 +42,15 @@ pub fn standing(node: &Node, peer: &NodeName, migration: &str) -> Message {
 }
 
 /// The verdict that this offer would meet now, without a ticket.
-pub async fn consider(node: &Node, peer: &NodeName, consider: Consider) -> Message {
-    let judged = judge(node, peer, consider.offer.unwrap_or_default()).await;
+pub async fn consider(node: &Node, consider: Consider) -> Message {
+    let judged = judge(node, consider.offer.unwrap_or_default()).await;
     let (refusals, missing) = judged.unwrap_or_else(|Failure(refusals)| (refusals, vec![]));
     let refusals = refusals.iter().map(to_session).collect();
     Message::Verdict(Verdict { refusals, missing, ..Default::default() })
 }
 
-async fn judge(node: &Node, peer: &NodeName, offer: Offer) -> Step<(Vec<Refusal>, Vec<String>)> {
+async fn judge(node: &Node, offer: Offer) -> Step<(Vec<Refusal>, Vec<String>)> {
     let offer = offer::check(offer)?;
-    if let Some(refusal) = admission(node, peer) {
-        return Err(Failure(vec![refusal]));
-    }
     let facts = preflight::gather(node, &offer).await?;
     let mut refusals = preflight::judge(&offer, &facts, &node.config.limits);
     if node.book.is_live(&offer.key) {
@@ -66,9 +62,6 @@ async fn judge(node: &Node, peer: &NodeName, offer: Offer) -> Step<(Vec<Refusal>
 
 /// Reads what comes, and says how much that was.
 pub async fn link_probe(node: &Node, channel: &mut Channel) -> Step<Message> {
-    if let Some(refusal) = admission(node, &channel.peer) {
-        return Err(Failure(vec![refusal]));
-    }
     let doing = format!("measuring the link from {}", channel.peer);
     let mut bytes = 0u64;
     loop {
@@ -89,14 +82,4 @@ pub async fn link_probe(node: &Node, channel: &mut Channel) -> Step<Message> {
             return Err(Failure::new(Code::Malformed, reason, ""));
         }
     }
-}
-
-pub fn admission(node: &Node, peer: &NodeName) -> Option<Refusal> {
-    (!node.admits(peer)).then(|| {
-        Refusal::new(
-            Code::NotTrusted,
-            format!("{} takes no containers from {peer}", node.name()),
-            format!("add it to `allow` in {}'s configuration", node.name()),
-        )
-    })
 }

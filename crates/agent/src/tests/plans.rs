@@ -4,7 +4,7 @@ use transship_api::control::{PlanRequest, PlanResponse};
 use transship_types::Code;
 
 use super::world::{IMAGE, SPEC, Side, World};
-use crate::{failure::Step, plan::plan};
+use crate::{failure::Step, plan::plan, tests::world::nodes};
 
 async fn ask(world: &World, change: impl FnOnce(&mut PlanRequest)) -> Step<PlanResponse> {
     let mut request = PlanRequest {
@@ -66,9 +66,9 @@ async fn without_a_target_there_is_still_the_container() {
 #[tokio::test]
 async fn a_node_that_does_not_admit_us_is_not_measured() {
     let world = World::new().await;
-    let c = Side::new(&world.dir, "c", |config| config.allow = Some(vec![])).await;
+    let c = Side::new(&world.dir, "c", |config| config.receive_from = nodes("[]")).await;
     let plan = ask(&world, |r| r.node = format!("c@{}", c.address())).await.unwrap();
-    assert_eq!(codes(&plan), ["not-trusted"]);
+    assert_eq!(codes(&plan), ["not-allowed"]);
     assert!(plan.link.is_none(), "{plan:?}");
 }
 

@@ -2,10 +2,18 @@
 
 use std::collections::HashSet;
 
+use futures::FutureExt;
+use transship_api::session::{
+    Consider, Inquiry, LinkProbe, Prepare, Probe, agent_message::Message,
+};
 use transship_types::Code;
 
-use super::world::{IMAGE, SPEC, Side, World, ending};
-use crate::{book::Ending, daemon::TaskStatus, source};
+use super::world::{IMAGE, SPEC, Side, World, ending, nodes};
+use crate::{
+    book::{End, Ending},
+    daemon::TaskStatus,
+    source, talk,
+};
 
 /// One change to the world, and the code it is refused with.
 async fn refused(change: impl FnOnce(&mut World)) -> (Vec<Code>, World) {
@@ -104,18 +112,67 @@ async fn another_node_under_the_address_is_refused() {
 }
 
 #[tokio::test]
-async fn a_target_may_admit_some_nodes_only() {
+async fn a_node_that_may_not_send_here_is_refused_whatever_it_asks() {
     let world = World::new().await;
-    let c = Side::new(&world.dir, "c", |config| {
-        config.allow = Some(vec!["x".parse().unwrap()]);
-    })
-    .await;
+    let c = Side::new(&world.dir, "c", |config| config.receive_from = nodes(r#"["x*"]"#)).await;
+    // It would fail at once, and otherwise.
+    c.fake.die(true);
+    let to = format!("c@{}", c.address());
     let mut request = world.request();
-    request.node = format!("c@{}", c.address());
+    request.node = to.clone();
     let live = source::begin(&world.a.node, &request).await.unwrap();
-    let (_, codes, _) = ending(&super::world::end(&live).await);
-    assert_eq!(codes, [Code::NotTrusted]);
+    let end = super::world::end(&live).await;
+    assert_eq!(ending(&end).1, [Code::NotAllowed]);
+    let End::Failed { refusals, .. } = end else { panic!("it moved") };
+    assert!(refusals[0].reason.contains("c: it takes no containers from a"), "{refusals:?}");
+    assert!(refusals[0].remedy.contains("add a to `receive_from`"), "{refusals:?}");
+    assert!(c.node.book.records().is_empty(), "nothing was written down");
     assert_eq!(world.runs_on(), "a");
+
+    let offer = crate::offer::tests::offer();
+    for message in [
+        Message::Probe(Probe {}),
+        Message::Offer(offer.clone()),
+        Message::Consider(Consider { offer: Some(offer) }),
+        Message::LinkProbe(LinkProbe {}),
+        Message::Prepare(Prepare {}),
+    ] {
+        let shown = format!("{message:?}");
+        match ask(&world.a, &c, message).await {
+            Message::Failure(refused) => assert_eq!(refused.code, "not-allowed", "{shown}"),
+            other => panic!("{shown}: {other:?}"),
+        }
+    }
+    let inquiry = Message::Inquiry(Inquiry { migration: live.migration.to_string() });
+    assert!(
+        matches!(ask(&world.a, &c, inquiry).await, Message::Standing(s) if s.state == "unknown")
+    );
+    let checked = crate::check::check(&world.a.node, &to).await;
+    assert!(checked.iter().any(|r| r.detail.contains("takes no containers from a")), "{checked:?}");
+}
+
+async fn ask(from: &Side, to: &Side, question: Message) -> Message {
+    let (trust, name) = (&from.node.trust, to.node.name());
+    let channel = transship_link::connect_agent(trust, &to.address(), name).await.unwrap();
+    talk::ask(channel, question, std::time::Duration::from_secs(20)).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_node_sends_to_whom_it_may_and_dials_nobody_else() {
+    let mut world = World::new().await;
+    world.a.close().await;
+    let fake = world.a.fake.clone();
+    world.a = Side::over(&world.dir, "a", fake, |c| c.send_to = nodes(r#"["x*"]"#)).await;
+    // Whoever is dialled would say so.
+    let nobody = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    world.cable.reroute(nobody.local_addr().unwrap().to_string());
+    let (ending, codes, _) = ending(&world.migrate().await);
+    assert_eq!((ending, codes), (Ending::StayedHome, vec![Code::NotAllowed]));
+    let checked = crate::check::check(&world.a.node, &world.request().node).await;
+    assert!(checked.iter().any(|r| r.detail == "a sends no containers to b"), "{checked:?}");
+    let dialled = nobody.accept().now_or_never();
+    assert!(dialled.is_none(), "{dialled:?}");
+    assert!(world.a.node.book.records().is_empty());
 }
 
 #[tokio::test]

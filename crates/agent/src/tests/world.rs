@@ -15,6 +15,7 @@ use transship_types::ContainerKey;
 
 use super::fake::{Fake, FakeDaemon, FakeShims, RUNTIME};
 use crate::{
+    access::Nodes,
     authority,
     book::{End, Ending, Live, Role},
     config::Config,
@@ -40,6 +41,12 @@ pub struct World {
     pub b: Side,
     pub cable: Cable,
     pub key: ContainerKey,
+}
+
+/// A list of nodes as the configuration gives it.
+pub fn nodes(list: &str) -> Nodes {
+    let config: Config = toml::from_str(&format!("receive_from = {list}")).unwrap();
+    config.receive_from
 }
 
 pub fn host() -> Host {
