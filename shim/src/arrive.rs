@@ -27,7 +27,7 @@ use transship_migration::{
     journal::{Role, Subject},
     report::{Fill, Restored},
 };
-use transship_types::{Epoch, NodeName, PageSet, Space, Ticket, paths};
+use transship_types::{ContainerKey, Epoch, MigrationId, NodeName, PageSet, Space, Ticket, paths};
 
 use self::inbound::Inbound;
 use crate::{
@@ -62,11 +62,12 @@ pub async fn arrive(
         let arrival = arrivals::wait(ticket, WAIT)
             .await
             .map_err(Error::other(failed("its source did not come")))?;
-        let peer = arrival.peer.clone();
+        let (peer, migration) = (arrival.peer.clone(), arrival.migration.clone());
         let channel = arrival.accept().await;
-        Ok((channel.map_err(Error::other(failed("its source was not accepted")))?, peer))
+        let channel = channel.map_err(Error::other(failed("its source was not accepted")))?;
+        Ok((channel, peer, migration))
     };
-    let (channel, peer) = tokio::select! {
+    let (channel, peer, migration) = tokio::select! {
         connected = connected => connected?,
         () = cancel.cancelled() => return Err(Error::killed_unborn(&id)),
     };
@@ -79,6 +80,7 @@ pub async fn arrive(
         revival,
         images,
         peer,
+        migration,
         ticket,
         remembered: None,
         held: None,
@@ -99,6 +101,8 @@ struct Landing<'a> {
     revival: &'a mut Revival,
     images: Arc<MemoryDir>,
     peer: NodeName,
+    /// What the ticket was made for.
+    migration: Option<MigrationId>,
     ticket: &'a Ticket,
     remembered: Option<Remembered>,
     held: Option<Held>,
@@ -235,13 +239,9 @@ impl Target for Landing<'_> {
 
     fn journal(&self, manifest: &Manifest) -> std::result::Result<Journal, MigrationError> {
         let key = &self.revival.context.key;
-        if manifest.container != key.id() {
-            let what = format!("container {} under the ticket of {}", manifest.container, key.id());
-            return Err(MigrationError::Malformed { what });
-        }
         let subject = Subject {
             role: Role::Target,
-            migration: manifest.migration.parse()?,
+            migration: meant(manifest, key, self.migration.as_ref())?,
             ticket: self.ticket.clone(),
             namespace: key.namespace().into(),
             container: key.id().into(),
@@ -249,5 +249,52 @@ impl Target for Landing<'_> {
             epoch: Epoch(manifest.epoch),
         };
         Journal::create(&paths::journal_dir(), subject)
+    }
+}
+
+/// What the source says is to arrive must be what the agent made the ticket
+/// for. A peer that has a ticket for one container gets no other one in, and
+/// puts no record under the name of another migration.
+fn meant(
+    manifest: &Manifest,
+    key: &ContainerKey,
+    migration: Option<&MigrationId>,
+) -> std::result::Result<MigrationId, MigrationError> {
+    let named = manifest.migration.parse()?;
+    let what = if manifest.container != key.id() {
+        let container: String = manifest.container.chars().take(80).collect();
+        format!("container {container} under the ticket of {}", key.id())
+    } else if migration != Some(&named) {
+        format!("migration {named} under the ticket of another one")
+    } else {
+        return Ok(named);
+    };
+    Err(MigrationError::Malformed { what })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_ticket_is_for_one_container_and_one_migration() {
+        let key = ContainerKey::new("default", "redis").unwrap();
+        let [ours, theirs] = [[1; 16], [2; 16]].map(MigrationId::from_random);
+        let manifest = |container: &str, migration: &str| Manifest {
+            container: container.into(),
+            migration: migration.into(),
+            ..Default::default()
+        };
+        let good = manifest("redis", ours.as_str());
+        assert_eq!(meant(&good, &key, Some(&ours)).unwrap(), ours);
+        for (manifest, why) in [
+            (manifest("postgres", ours.as_str()), "container postgres"),
+            (manifest("redis", theirs.as_str()), "under the ticket of another one"),
+            (manifest("redis", "../journal"), "32 hex digits"),
+        ] {
+            let error = chain(&meant(&manifest, &key, Some(&ours)).unwrap_err());
+            assert!(error.contains(why), "{error}");
+        }
+        assert!(meant(&good, &key, None).is_err(), "a ticket for nothing lets nothing in");
     }
 }

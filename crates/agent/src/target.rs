@@ -229,6 +229,7 @@ impl Target {
     async fn start(mut self, arriving: Box<dyn Arriving>, ticket: Ticket) {
         let peer = self.channel.peer.clone();
         let registration = self.node.arrivals.register(ticket, peer, TICKET);
+        let registration = registration.bound_to(self.offer.migration.clone());
         let mut start = tokio::spawn(arriving.start());
         let stop = match self.until_waiting(&mut start, &registration).await {
             Ok(None) => match self.tell(Message::Ready(Ready {})).await {

@@ -8,4 +8,5 @@ mod fake;
 mod moves;
 mod plans;
 mod refuses;
+mod tickets;
 mod world;

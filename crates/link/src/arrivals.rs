@@ -16,18 +16,26 @@ pub use shim::{Arrival, wait, wait_at};
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
-use transship_types::NodeName;
+use transship_types::{MigrationId, NodeName};
 
 /// Length of a ticket in hex.
 const TICKET: usize = 32;
 
-/// Three paths and a name; far more than they can need.
+/// Three paths and two names; far more than they can need.
 const ANSWER_MAX: usize = 16 << 10;
 
 /// The agent's answer.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 enum Answer {
-    Granted { ca: PathBuf, certificate: PathBuf, key: PathBuf, peer: NodeName },
-    Refused { reason: String },
+    Granted {
+        ca: PathBuf,
+        certificate: PathBuf,
+        key: PathBuf,
+        peer: NodeName,
+        migration: Option<MigrationId>,
+    },
+    Refused {
+        reason: String,
+    },
 }

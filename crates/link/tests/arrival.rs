@@ -17,7 +17,7 @@ use transship_link::{
     arrivals::{Arrivals, CONNECTIONS, wait_at},
     connect_agent, connect_ticket, route, turn_away,
 };
-use transship_types::{Code, Ticket};
+use transship_types::{Code, MigrationId, Ticket};
 
 const LONG: Duration = Duration::from_secs(30);
 
@@ -173,6 +173,34 @@ async fn a_ticket_of_one_node_is_of_no_use_to_another() {
 }
 
 #[tokio::test]
+async fn the_shim_hears_for_whom_and_for_what_the_ticket_is() {
+    let agent = Agent::start();
+    let migration = MigrationId::from_random([9; 16]);
+    let registration = agent.arrivals.register(ticket(), node("a"), LONG);
+    let _registration = registration.bound_to(migration.clone());
+    let shim = agent.shim();
+    agent.arrivals.hand_over(&ticket(), sockets().await.0).await.unwrap();
+    let arrival = shim.await.unwrap().unwrap();
+    assert_eq!((arrival.peer, arrival.migration), (node("a"), Some(migration)));
+}
+
+/// One ticket does not open what waits under another.
+#[tokio::test]
+async fn a_ticket_leads_to_its_own_shim_only() {
+    let agent = Agent::start();
+    let other = Ticket::from_random([0xa5; 16]);
+    let waiting = agent.arrivals.register(ticket(), node("a"), LONG);
+    let _other = agent.arrivals.register(other.clone(), node("c"), LONG);
+    let shim = agent.shim();
+    waiting.shim_waits().await.unwrap();
+    let stream = sockets().await.0;
+    let handing = agent.arrivals.hand_over(&other, stream);
+    assert!(time::timeout(Duration::from_millis(50), handing).await.is_err());
+    assert!(!shim.is_finished());
+    shim.abort();
+}
+
+#[tokio::test]
 async fn an_agents_connection_is_for_the_agent() {
     let ca = Ca::new();
     let (listener, address) = listen().await;
@@ -295,6 +323,32 @@ async fn a_ticket_expires() {
     time::advance(LONG).await;
     let error = agent.shim().await.unwrap().unwrap_err();
     assert!(matches!(&error, LinkError::Arrival(why) if why.contains("expired")), "{error}");
+    let error = agent.arrivals.hand_over(&ticket(), sockets().await.0).await.unwrap_err();
+    assert!(matches!(&error, LinkError::Arrival(why) if why.contains("expired")), "{error}");
+}
+
+/// Nor one that a shim waited for in time.
+#[tokio::test(start_paused = true)]
+async fn a_ticket_expires_while_its_shim_waits() {
+    let agent = Agent::start();
+    let registration = agent.arrivals.register(ticket(), node("a"), LONG);
+    let _shim = agent.shim();
+    registration.shim_waits().await.unwrap();
+    time::advance(LONG).await;
+    let error = agent.arrivals.hand_over(&ticket(), sockets().await.0).await.unwrap_err();
+    assert!(matches!(&error, LinkError::Arrival(why) if why.contains("expired")), "{error}");
+}
+
+#[tokio::test]
+async fn a_ticket_is_worth_nothing_after_its_arrival() {
+    let agent = Agent::start();
+    let registration = agent.arrivals.register(ticket(), node("a"), LONG);
+    let shim = agent.shim();
+    agent.arrivals.hand_over(&ticket(), sockets().await.0).await.unwrap();
+    shim.await.unwrap().unwrap();
+    drop(registration);
+    let error = agent.arrivals.hand_over(&ticket(), sockets().await.0).await.unwrap_err();
+    assert!(matches!(&error, LinkError::Arrival(why) if why.contains("not known")), "{error}");
 }
 
 #[tokio::test]

@@ -44,6 +44,8 @@ pub struct State {
     pub blobs: HashMap<String, Bytes>,
     pub images: HashMap<String, Vec<Descriptor>>,
     pub leases: BTreeSet<ContainerKey>,
+    /// Under which containers arrived.
+    pub tickets: HashMap<ContainerKey, transship_types::Ticket>,
     /// What the next call of this name answers instead.
     pub fail: HashMap<&'static str, &'static str>,
     pub disk_free: u64,
@@ -325,7 +327,9 @@ impl Arriving for FakeArriving {
         let record = arrival.record.clone();
         self.ticket = Some(arrival.ticket.clone());
         let kept = Kept { record, task: Some(task(0, TaskStatus::Created)) };
-        self.fake.state().containers.insert(arrival.key.clone(), kept);
+        let mut state = self.fake.state();
+        state.tickets.insert(arrival.key.clone(), arrival.ticket.clone());
+        state.containers.insert(arrival.key.clone(), kept);
         Ok(())
     }
 

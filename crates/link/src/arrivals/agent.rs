@@ -16,7 +16,7 @@ use tokio::{
     sync::{Notify, Semaphore},
     time::{self, Instant},
 };
-use transship_types::{NodeName, Ticket};
+use transship_types::{MigrationId, NodeName, Ticket};
 
 use super::{Answer, TICKET};
 use crate::{Credentials, LinkError, sys};
@@ -49,6 +49,7 @@ struct Inner {
 #[derive(Debug)]
 struct Slot {
     peer: NodeName,
+    migration: Option<MigrationId>,
     expires: Instant,
     shim: Option<UnixStream>,
     /// How many connections have come for it, whether they got through or not.
@@ -69,7 +70,7 @@ impl Arrivals {
     /// gets one, and whoever connects after that is turned away.
     pub fn register(&self, ticket: Ticket, peer: NodeName, lifetime: Duration) -> Registration {
         let expires = Instant::now() + lifetime;
-        let slot = Slot { peer, expires, shim: None, came: 0, asked: false };
+        let slot = Slot { peer, migration: None, expires, shim: None, came: 0, asked: false };
         self.slots().insert(ticket.clone(), slot);
         Registration { ticket, arrivals: self.clone() }
     }
@@ -135,11 +136,11 @@ impl Arrivals {
             Some(slot) if slot.came >= CONNECTIONS => return Err(refused("the ticket is used up")),
             Some(slot) => slot.came += 1,
         }
-        let (shim, peer) = time::timeout(SHIM, self.waiting_shim(ticket))
+        let (shim, peer, migration) = time::timeout(SHIM, self.waiting_shim(ticket))
             .await
             .map_err(|_| refused("no shim waits under the ticket"))??;
         let Credentials { ca, certificate, key } = self.0.credentials.clone();
-        let answer = Answer::Granted { ca, certificate, key, peer };
+        let answer = Answer::Granted { ca, certificate, key, peer, migration };
         send(&shim, &answer, Some(&stream)).await.map_err(|source| LinkError::Socket {
             what: "handing a connection over".into(),
             source,
@@ -147,13 +148,16 @@ impl Arrivals {
     }
 
     /// Takes the shim that waits, or the next one that will.
-    async fn waiting_shim(&self, ticket: &Ticket) -> Result<(UnixStream, NodeName), LinkError> {
+    async fn waiting_shim(
+        &self,
+        ticket: &Ticket,
+    ) -> Result<(UnixStream, NodeName, Option<MigrationId>), LinkError> {
         self.until(ticket, |slot| {
             if slot.expires <= Instant::now() {
                 return Some(Err(refused("the ticket has expired")));
             }
             let shim = slot.shim.take().filter(|shim| !has_left(shim))?;
-            Some(Ok((shim, slot.peer.clone())))
+            Some(Ok((shim, slot.peer.clone(), slot.migration.clone())))
         })
         .await?
     }
@@ -194,6 +198,15 @@ pub struct Registration {
 }
 
 impl Registration {
+    /// Makes the ticket good for this migration only, which is for the shim
+    /// to check: the source names it after the handshake.
+    pub fn bound_to(self, migration: MigrationId) -> Self {
+        if let Some(slot) = self.arrivals.slots().get_mut(&self.ticket) {
+            slot.migration = Some(migration);
+        }
+        self
+    }
+
     pub fn ticket(&self) -> &Ticket {
         &self.ticket
     }

@@ -7,7 +7,7 @@ use tokio::{
     net::{TcpStream, UnixStream},
     time,
 };
-use transship_types::{NodeName, Ticket, paths::ARRIVALS_SOCKET};
+use transship_types::{MigrationId, NodeName, Ticket, paths::ARRIVALS_SOCKET};
 
 use super::{ANSWER_MAX, Answer};
 use crate::{Channel, Credentials, LinkError, Trust, accept, sys};
@@ -20,6 +20,8 @@ pub struct Arrival {
     pub credentials: Credentials,
     /// The only node that may be at its other end.
     pub peer: NodeName,
+    /// The only migration that the ticket is for, if it was made for one.
+    pub migration: Option<MigrationId>,
 }
 
 impl Arrival {
@@ -73,11 +75,14 @@ pub async fn wait_at(
     }
     let answer = serde_json::from_slice(&bytes).map_err(|e| failed(e.into()))?;
     match (answer, descriptor) {
-        (Answer::Granted { ca, certificate, key, peer }, Some(descriptor)) => Ok(Arrival {
-            stream: into_stream(descriptor).map_err(failed)?,
-            credentials: Credentials { ca, certificate, key },
-            peer,
-        }),
+        (Answer::Granted { ca, certificate, key, peer, migration }, Some(descriptor)) => {
+            Ok(Arrival {
+                stream: into_stream(descriptor).map_err(failed)?,
+                credentials: Credentials { ca, certificate, key },
+                peer,
+                migration,
+            })
+        }
         (Answer::Granted { .. }, None) => {
             Err(LinkError::Arrival("the agent sent no connection".into()))
         }
