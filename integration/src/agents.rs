@@ -21,6 +21,8 @@ const AGENT_SOCKET: &str = "/run/transship/agent.sock";
 
 /// Where an agent remembers migrations that ended: to stay, by design.
 const RECORDS: &str = "file /var/lib/transship/migrations/";
+/// What an agent that runs has given to its shims.
+const COPIES: &str = " /run/transship/credentials";
 /// The agent itself, and folders made with the first migration: what lies in
 /// them is counted by itself.
 const STAYS: [&str; 8] = [
@@ -258,7 +260,9 @@ impl Site {
         let gone = until("everything to be gone", || {
             let now = self.inventory()?;
             left = now.things.beyond(&before.things);
-            left.retain(|one| !one.starts_with(RECORDS) && !STAYS.contains(&one.as_str()));
+            left.retain(|one| {
+                !one.starts_with(RECORDS) && !one.contains(COPIES) && !STAYS.contains(&one.as_str())
+            });
             left.extend(now.content.difference(&before.content).map(|d| format!("content {d}")));
             left.extend(now.ingests.difference(&before.ingests).map(|i| format!("ingest {i}")));
             left.retain(|one| !fine(one));

@@ -107,6 +107,7 @@ impl Order {
                 ca: credentials.ca.into(),
                 certificate: credentials.certificate.into(),
                 key: credentials.key.into(),
+                crl: Some(credentials.crl).filter(|crl| !crl.is_empty()).map(Into::into),
             },
         })
     }

@@ -1,4 +1,5 @@
-//! A CA of one's own in two commands: `init-ca`, then `issue` for the nodes.
+//! A CA of one's own in two commands: `init-ca`, then `issue` for the nodes;
+//! and `revoke`, for a key that fell into other hands.
 //!
 //! The CA's key stays where it was made; only what `issue` writes goes to a
 //! node. Nothing is ever overwritten: a second CA in the place of the first
@@ -20,8 +21,13 @@ use thiserror::Error;
 use time::{Duration, OffsetDateTime};
 use transship_link::Credentials;
 use transship_types::{DOMAIN, InvalidName, NodeName};
+use zeroize::Zeroizing;
 
 use crate::config::is_address;
+
+mod revocation;
+
+pub use revocation::revoke;
 
 /// Ten years: whoever replaces a CA must reach every node.
 const CA_LIFE: Duration = Duration::days(3650);
@@ -68,6 +74,12 @@ pub enum AuthorityError {
     },
     #[error("the certificate could not be made")]
     Certificate(#[from] rcgen::Error),
+    #[error("{} cannot be read: {why}", path.display())]
+    Unreadable { path: PathBuf, why: String },
+    #[error("{whose:?} is no file with a certificate, and {} has none of a node of that name", dir.display())]
+    NothingIssued { whose: String, dir: PathBuf },
+    #[error("{} is not of the CA in {}", path.display(), dir.display())]
+    OtherCa { path: PathBuf, dir: PathBuf },
 }
 
 /// Makes `ca.pem` and `ca.key` (0600) in `dir`.
@@ -82,7 +94,7 @@ pub fn init(dir: &Path) -> Result<(), AuthorityError> {
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     params.not_before = OffsetDateTime::now_utc() - SKEW;
     params.not_after = OffsetDateTime::now_utc() + CA_LIFE;
-    let pem = pair.serialize_pem();
+    let pem = Zeroizing::new(pair.serialize_pem());
     let issuer = CertifiedIssuer::self_signed(params, pair)?;
     write_new(&key, &pem, 0o600)?;
     write_new(&certificate, &issuer.pem(), 0o644)
@@ -91,15 +103,13 @@ pub fn init(dir: &Path) -> Result<(), AuthorityError> {
 /// Makes a node's certificate and key and puts them, with the CA's
 /// certificate, into `out`: everything that node needs.
 pub fn issue(dir: &Path, node: &NodeName, out: &Path) -> Result<Credentials, AuthorityError> {
-    let ca = read(&dir.join("ca.pem"), dir)?;
-    let ca_key = KeyPair::from_pem(&read(&dir.join("ca.key"), dir)?)?;
-    let issuer = Issuer::from_ca_cert_pem(&ca, ca_key)?;
-
+    let (ca, issuer) = authority(dir)?;
     make_dir(out)?;
     let made = Credentials {
         ca: out.join("ca.pem"),
         certificate: out.join("node.pem"),
         key: out.join("node.key"),
+        crl: None,
     };
     refuse_existing(&[&made.certificate, &made.key])?;
     let pair = KeyPair::generate()?;
@@ -114,8 +124,13 @@ pub fn issue(dir: &Path, node: &NodeName, out: &Path) -> Result<Credentials, Aut
     params.not_before = OffsetDateTime::now_utc() - SKEW;
     params.not_after = OffsetDateTime::now_utc() + NODE_LIFE;
     let certificate = params.signed_by(&pair, &issuer)?;
-    write_new(&made.key, &pair.serialize_pem(), 0o600)?;
+    write_new(&made.key, &Zeroizing::new(pair.serialize_pem()), 0o600)?;
     write_new(&made.certificate, &certificate.pem(), 0o644)?;
+    // Who knows what there is can revoke it without having it.
+    let issued = dir.join(revocation::ISSUED);
+    make_dir(&issued)?;
+    let serial = revocation::serial(certificate.der())?;
+    write_new(&issued.join(format!("{node}.{serial}.pem")), &certificate.pem(), 0o644)?;
     // In the CA's own directory it is there already; so it is on a node whose
     // certificate is renewed.
     match write_new(&made.ca, &ca, 0o644) {
@@ -138,6 +153,14 @@ pub fn write_config(out: &Path, member: &Member, all: &[Member]) -> Result<(), A
         }
     }
     write_new(&out.join("config.toml"), &text, 0o644)
+}
+
+/// The CA's certificate, and what signs for it.
+fn authority(dir: &Path) -> Result<(String, Issuer<'static, KeyPair>), AuthorityError> {
+    let ca = read(&dir.join("ca.pem"), dir)?;
+    let key = Zeroizing::new(read(&dir.join("ca.key"), dir)?);
+    let issuer = Issuer::from_ca_cert_pem(&ca, KeyPair::from_pem(&key)?)?;
+    Ok((ca, issuer))
 }
 
 fn named(common: &str) -> DistinguishedName {
@@ -241,6 +264,49 @@ mod tests {
         for wrong in ["A@10.0.0.1:1", "a@", "a@host", "@h:1", ""] {
             assert!(wrong.parse::<Member>().is_err(), "{wrong:?}");
         }
+    }
+
+    /// By name: all there are. By file: that one, as after a renewal.
+    #[test]
+    fn who_is_revoked_is_refused_and_stays_so() {
+        let dir = TempDir::new().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        init(dir.path()).unwrap();
+        let [a, b, renewed] = [("a", "a"), ("b", "b"), ("a", "a2")]
+            .map(|(of, to)| issue(dir.path(), &node(of), &at(to)).unwrap());
+        let good = |files: &Credentials| {
+            let crl = Some(at("crl.pem"));
+            Trust::load(&Credentials { crl, ..files.clone() }).unwrap().vet().is_ok()
+        };
+        let old = a.certificate.to_str().unwrap();
+        assert_eq!(revoke(dir.path(), old).unwrap().len(), 1);
+        assert_eq!([&a, &b, &renewed].map(good), [false, true, true]);
+        let number = |n: u64| {
+            let (revoked, number) = revocation::present(&at("crl.pem")).unwrap();
+            assert_eq!((revoked.len() as u64, number), (n, n));
+        };
+        number(1);
+        let said = revoke(dir.path(), "a").unwrap();
+        assert!(said.len() == 1 && said[0].contains("node a"), "the other was before: {said:?}");
+        assert_eq!([&a, &b, &renewed].map(good), [false, true, false]);
+        number(2);
+    }
+
+    #[test]
+    fn only_what_this_ca_has_issued_can_be_revoked() {
+        let (dir, other) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+        for ca in [&dir, &other] {
+            init(ca.path()).unwrap();
+        }
+        let theirs = issue(other.path(), &node("a"), &other.path().join("a")).unwrap();
+        let theirs = theirs.certificate.to_str().unwrap();
+        for (whose, why) in
+            [("a", "none of a node"), ("/nowhere", "no file"), (theirs, "not of the CA")]
+        {
+            let error = revoke(dir.path(), whose).unwrap_err();
+            assert!(error.to_string().contains(why), "{whose}: {error}");
+        }
+        assert!(!dir.path().join("crl.pem").exists(), "nothing was written");
     }
 
     #[test]

@@ -3,6 +3,7 @@
 
 use std::{os::unix::fs::PermissionsExt, time::Duration};
 
+use time::OffsetDateTime;
 use transship_api::{
     control::CheckResult,
     session::{Probe, agent_message::Message},
@@ -48,6 +49,7 @@ async fn here(node: &Node) -> Vec<CheckResult> {
     });
     results.push(runtime(node));
     results.push(key(node));
+    results.extend(certificate(node));
     results
 }
 
@@ -85,15 +87,36 @@ fn key(node: &Node) -> CheckResult {
     let path = &node.config.credentials.key;
     match std::fs::metadata(path) {
         Ok(meta) if meta.permissions().mode() & 0o077 == 0 => {
-            good("certificate", format!("names {}", node.name()))
+            good("key", path.display().to_string())
         }
         Ok(_) => bad(
-            "certificate",
+            "key",
             format!("the key {} can be read by others", path.display()),
             &format!("chmod 600 {}", path.display()),
         ),
-        Err(e) => bad("certificate", format!("{}: {e}", path.display()), "issue it again"),
+        Err(e) => bad("key", format!("{}: {e}", path.display()), "issue it again"),
     }
+}
+
+/// What is in use, and what of the files is not.
+fn certificate(node: &Node) -> Vec<CheckResult> {
+    let identity = node.identities.current();
+    let mut results = match identity.trust.vet() {
+        Ok(()) => {
+            let until = identity.trust.until().date();
+            vec![good("certificate", format!("names {}, until {until}", node.name()))]
+        }
+        Err(error) => return vec![failed("certificate", &Failure::from(error))],
+    };
+    for (detail, remedy) in identity.warnings(OffsetDateTime::now_utc()) {
+        results.push(CheckResult { remedy, ..good("certificate", detail) });
+    }
+    if let Some(why) = node.identities.refused() {
+        let detail = format!("{why}; what was read before stays in use");
+        let remedy = "put it right and `systemctl reload transshipd`";
+        results.push(bad("certificate", detail, remedy));
+    }
+    results
 }
 
 async fn there(node: &Node, peer: &str) -> Vec<CheckResult> {
@@ -109,7 +132,7 @@ async fn there(node: &Node, peer: &str) -> Vec<CheckResult> {
 
 async fn probe(node: &Node, peer: &str) -> Step<(String, Vec<Refusal>)> {
     let to = node.find(peer)?;
-    let channel = connect_agent(&node.trust, &to.address, &to.name).await?;
+    let channel = connect_agent(&node.trust(), &to.address, &to.name).await?;
     match talk::ask(channel, Message::Probe(Probe {}), ANSWER).await? {
         Message::ProbeResult(result) => {
             let there = result.host.unwrap_or_default();

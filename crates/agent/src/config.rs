@@ -121,7 +121,12 @@ fn default_listen() -> String {
 
 fn default_credentials() -> Credentials {
     let beside = |name: &str| Path::new(paths::CONFIG).with_file_name(name);
-    Credentials { ca: beside("ca.pem"), certificate: beside("node.pem"), key: beside("node.key") }
+    Credentials {
+        ca: beside("ca.pem"),
+        certificate: beside("node.pem"),
+        key: beside("node.key"),
+        crl: None,
+    }
 }
 
 fn default_runtimes() -> Vec<String> {
@@ -204,7 +209,7 @@ mod tests {
             receive_from = ["b"]
             send_to = ["rack1-*", "b"]
             runtimes = ["io.containerd.transship.v2"]
-            credentials = { ca = "/c", certificate = "/n", key = "/k" }
+            credentials = { ca = "/c", certificate = "/n", key = "/k", crl = "/r" }
             [peers.b]
             address = "b.example.org:7430"
             [containerd]

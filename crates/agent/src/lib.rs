@@ -18,6 +18,7 @@ mod control;
 pub mod daemon;
 pub mod failure;
 mod host;
+pub mod identity;
 mod listener;
 pub mod node;
 mod offer;

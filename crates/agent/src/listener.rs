@@ -44,7 +44,7 @@ async fn refused(error: &io::Error) {
 async fn admit(node: Arc<Node>, stream: TcpStream, permit: OwnedSemaphorePermit) {
     let peer = stream.peer_addr().map_or_else(|_| "unknown".into(), |a| a.to_string());
     let done = match route(&stream, node.name()).await {
-        Ok(Route::Agent) => match accept(&node.trust, stream).await {
+        Ok(Route::Agent) => match accept(&node.trust(), stream).await {
             Ok(channel) => {
                 target::serve(node, channel).await;
                 Ok(())

@@ -16,6 +16,7 @@ use transship_agent::{
     authority::{self, Member},
     config::{Config, PORT},
     containerd::Containerd,
+    failure::chain,
     node::{Node, Places},
     serve,
     shim::TtrpcShims,
@@ -34,6 +35,9 @@ Files:
   /run/transship/agent.sock    control socket for `transship`
   /var/lib/transship           records of migrations
 
+Signals:
+  SIGHUP                       read certificates, key and revocation list again
+
 Environment:
   RUST_LOG                     what is logged, e.g. debug (default: info)
   TRANSSHIP_CRIU               the CRIU to use instead of the first in PATH";
@@ -48,10 +52,11 @@ Environment:
 ///   receive_from = ["node-b"]     # default: every node of the CA
 ///   send_to = ["rack1-*"]         # default: every node of the CA
 ///   runtimes = ["io.containerd.transship.v2", "io.containerd.runc.v2-transship"]
-///   [credentials]                 # default: these three
+///   [credentials]                 # default: these
 ///   ca = "/etc/transship/ca.pem"
 ///   certificate = "/etc/transship/node.pem"
 ///   key = "/etc/transship/node.key"
+///   crl = "/etc/transship/crl.pem"     # default: if it is there
 ///   [peers.node-b]
 ///   address = "10.0.0.2:7430"
 ///   [containerd]
@@ -101,6 +106,15 @@ enum Command {
         #[arg(long)]
         out: Option<PathBuf>,
     },
+    /// Revoke certificates: all that were issued to a node, or one.
+    Revoke {
+        /// A node's name, or a file with a certificate.
+        #[arg(required = true, value_name = "NODE|FILE")]
+        whose: Vec<String>,
+        /// Where the CA lives.
+        #[arg(long, default_value = "/etc/transship/ca")]
+        dir: PathBuf,
+    },
 }
 
 /// Flags win over the configuration file.
@@ -145,6 +159,7 @@ fn begin(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Some(Command::InitCa { dir }) => init_ca(&dir),
         Some(Command::Issue { nodes, dir, out }) => issue(&nodes, &dir, out.as_deref()),
+        Some(Command::Revoke { whose, dir }) => revoke(&whose, &dir),
         Some(Command::Serve(flags)) => run(flags),
         None => run(cli.serve),
     }
@@ -180,6 +195,17 @@ fn issue(nodes: &[Member], dir: &Path, out: Option<&Path>) -> anyhow::Result<()>
     Ok(())
 }
 
+fn revoke(whose: &[String], dir: &Path) -> anyhow::Result<()> {
+    for whose in whose {
+        for revoked in authority::revoke(dir, whose)? {
+            println!("Revoked {revoked}.");
+        }
+    }
+    println!("Copy {}/crl.pem to /etc/transship on every node, and", dir.display());
+    println!("`systemctl reload transshipd` there: it holds where it has been read.");
+    Ok(())
+}
+
 #[tokio::main]
 async fn run(flags: Serve) -> anyhow::Result<()> {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
@@ -194,13 +220,30 @@ async fn run(flags: Serve) -> anyhow::Result<()> {
     let node = Node::new(config, Places::default(), daemon, Arc::new(TtrpcShims))?;
     let mut terminate = signal(SignalKind::terminate()).context("waiting for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("waiting for SIGINT")?;
-    let serving = serve::open(node).await?;
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+    let mut hangup = signal(SignalKind::hangup()).context("waiting for SIGHUP")?;
+    let serving = serve::open(node.clone()).await?;
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+            _ = hangup.recv() => renew(&node),
+        }
     }
     serving.close().await;
     Ok(())
+}
+
+fn renew(node: &Node) {
+    match node.renew() {
+        Ok(()) => {
+            let until = node.trust().until().date();
+            tracing::info!(%until, "certificate and revocation list were read again");
+        }
+        Err(error) => {
+            let error = chain(&error);
+            tracing::error!(error, "what was read before stays in use");
+        }
+    }
 }
 
 fn configured(flags: Serve) -> anyhow::Result<Config> {

@@ -4,7 +4,7 @@ use std::{fs, io, io::Read, path::PathBuf, sync::Arc};
 
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use transship_api::session::Host;
-use transship_link::{LinkError, Trust, arrivals::Arrivals};
+use transship_link::{Trust, arrivals::Arrivals};
 use transship_types::{Code, NodeName, Refusal, paths};
 
 use crate::{
@@ -14,6 +14,7 @@ use crate::{
     daemon::Daemon,
     failure::{Failure, Step},
     host,
+    identity::{Identities, IdentityError},
     shim::Shims,
 };
 
@@ -34,7 +35,8 @@ impl Default for Places {
 pub struct Node {
     pub config: Config,
     pub places: Places,
-    pub trust: Trust,
+    name: NodeName,
+    pub identities: Identities,
     pub daemon: Arc<dyn Daemon>,
     pub shims: Arc<dyn Shims>,
     pub book: Arc<Book>,
@@ -53,17 +55,21 @@ impl Node {
         daemon: Arc<dyn Daemon>,
         shims: Arc<dyn Shims>,
     ) -> Result<Arc<Node>, NodeError> {
-        let trust = Trust::load(&config.credentials)?;
-        if let Some(said) = config.node.as_ref().filter(|said| *said != trust.node()) {
-            return Err(NodeError::Name { said: said.clone(), proved: trust.node().clone() });
+        let copies = places.runtime.join("credentials");
+        let identities = Identities::open(&config.credentials, &copies)?;
+        let identity = identities.current();
+        let name = identity.trust.node().clone();
+        if let Some(said) = config.node.as_ref().filter(|said| **said != name) {
+            return Err(NodeError::Name { said: said.clone(), proved: name });
         }
         let records = places.state.join("migrations");
         let book =
             Book::open(&records).map_err(|source| NodeError::Records { path: records, source })?;
         Ok(Arc::new(Node {
-            arrivals: Arrivals::new(config.credentials.clone()),
+            arrivals: Arrivals::new(identity.files.clone()),
             machine: Machine::This,
-            trust,
+            name,
+            identities,
             config,
             places,
             daemon,
@@ -75,7 +81,20 @@ impl Node {
     }
 
     pub fn name(&self) -> &NodeName {
-        self.trust.node()
+        &self.name
+    }
+
+    /// For a connection that begins now.
+    pub fn trust(&self) -> Trust {
+        self.identities.current().trust.clone()
+    }
+
+    /// Reads certificates, key and revocation list again. Sessions that are
+    /// under way go on with what they began with.
+    pub fn renew(&self) -> Result<(), IdentityError> {
+        let identity = self.identities.renew()?;
+        self.arrivals.renew(identity.files.clone());
+        Ok(())
     }
 
     /// What this machine is, asked anew: CRIU may have been replaced.
@@ -159,7 +178,7 @@ pub struct Destination {
 #[derive(Debug, thiserror::Error)]
 pub enum NodeError {
     #[error(transparent)]
-    Trust(#[from] LinkError),
+    Identity(#[from] IdentityError),
     #[error("the configuration names this node {said}, its certificate {proved}")]
     Name { said: NodeName, proved: NodeName },
     #[error("the records in {} cannot be used", path.display())]

@@ -12,6 +12,7 @@ use std::{
     time::Duration,
 };
 
+use ::time::OffsetDateTime;
 use thiserror::Error;
 use tokio::{
     net::{TcpListener, UnixListener},
@@ -20,7 +21,10 @@ use tokio::{
 use transship_api::control_ttrpc::create_agent;
 use ttrpc::asynchronous::Server;
 
-use crate::{control::Control, listener, node::Node, source, target};
+use crate::{control::Control, failure::chain, listener, node::Node, source, target};
+
+/// Between two looks at what expires.
+const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// For sessions that are told to end: a kill, an unmount, and the peer's
 /// answer.
@@ -95,8 +99,29 @@ pub async fn open(node: Arc<Node>) -> Result<Serving, ServeError> {
     target::take_up(&node);
     source::resume(&node).await;
     node.tasks.spawn(listener::serve(node.clone(), listener));
+    node.tasks.spawn(remind(node.clone()));
     tracing::info!(node = %node.name(), %address, "transshipd serves");
     Ok(Serving { node, control, control_socket, arrivals_socket, address })
+}
+
+/// Says what expires before it does, to whoever reads the log and runs no
+/// `transship check`.
+async fn remind(node: Arc<Node>) {
+    let mut days = time::interval(DAY);
+    loop {
+        tokio::select! {
+            _ = days.tick() => {}
+            () = node.shutdown.cancelled() => return,
+        }
+        let identity = node.identities.current();
+        if let Err(error) = identity.trust.vet() {
+            let (error, remedy) = (chain(&error), error.remedy());
+            tracing::error!(error, remedy, "no other node will believe this one");
+        }
+        for (warning, remedy) in identity.warnings(OffsetDateTime::now_utc()) {
+            tracing::warn!(remedy, "{warning}");
+        }
+    }
 }
 
 impl Serving {
@@ -118,6 +143,7 @@ impl Serving {
             // It may be gone; the next run removes what is left.
             let _ = fs::remove_file(socket);
         }
+        self.node.identities.close();
     }
 }
 

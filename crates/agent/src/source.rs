@@ -139,8 +139,9 @@ impl Source {
     async fn connect(&mut self) -> Step<Channel> {
         let clock = self.phase("connect");
         let Destination { name, address } = &self.to;
+        let trust = self.node.trust();
         let mut channel = tokio::select! {
-            channel = connect_agent(&self.node.trust, address, name) => channel?,
+            channel = connect_agent(&trust, address, name) => channel?,
             () = self.entry.cancelled() => return Err(cancelled()),
         };
         channel.writer.set_deadline(talk::WRITE);

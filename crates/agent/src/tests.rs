@@ -8,5 +8,6 @@ mod fake;
 mod moves;
 mod plans;
 mod refuses;
+mod rotation;
 mod tickets;
 mod world;

@@ -44,10 +44,13 @@ impl Check {
                     print::json(&json!({ "ok": true, "results": results }));
                 }
             }
-            Output::Text => print::table(
-                &["CHECK", "", "FOUND"],
-                &answer.results.iter().map(row).collect::<Vec<_>>(),
-            ),
+            Output::Text => {
+                let rows: Vec<_> = answer.results.iter().map(row).collect();
+                print::table(&["CHECK", "", "FOUND"], &rows);
+                for soon in answer.results.iter().filter(|r| is_warning(r)) {
+                    print::line(&format!("{}: {}", soon.name, soon.remedy));
+                }
+            }
         }
         if missing.is_empty() {
             return Ok(());
@@ -57,8 +60,18 @@ impl Check {
     }
 }
 
+/// It works, and will not if nobody does anything.
+fn is_warning(r: &CheckResult) -> bool {
+    r.ok && !r.remedy.is_empty()
+}
+
 fn row(r: &CheckResult) -> Vec<String> {
-    vec![r.name.clone(), if r.ok { "ok" } else { "FAILED" }.into(), r.detail.clone()]
+    let verdict = match r.ok {
+        true if is_warning(r) => "SOON",
+        true => "ok",
+        false => "FAILED",
+    };
+    vec![r.name.clone(), verdict.into(), r.detail.clone()]
 }
 
 fn reason(r: &CheckResult) -> Reason {

@@ -13,10 +13,10 @@ mod shim;
 pub use agent::{Arrivals, CONNECTIONS, Registration};
 pub use shim::{Arrival, wait, wait_at};
 
-use std::path::PathBuf;
-
 use serde::{Deserialize, Serialize};
 use transship_types::{MigrationId, NodeName};
+
+use crate::Credentials;
 
 /// Length of a ticket in hex.
 const TICKET: usize = 32;
@@ -26,12 +26,11 @@ const ANSWER_MAX: usize = 16 << 10;
 
 /// The agent's answer.
 #[derive(Debug, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+#[serde(rename_all = "kebab-case")]
 enum Answer {
     Granted {
-        ca: PathBuf,
-        certificate: PathBuf,
-        key: PathBuf,
+        #[serde(flatten)]
+        credentials: Credentials,
         peer: NodeName,
         migration: Option<MigrationId>,
     },

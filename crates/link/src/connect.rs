@@ -53,6 +53,7 @@ async fn connect(
     node: &NodeName,
     dns: String,
 ) -> Result<Channel, LinkError> {
+    trust.not_expired()?;
     let unreachable = |source| LinkError::Unreachable { address: address.into(), source };
     let stream = time::timeout(CONNECT, TcpStream::connect(address))
         .await
@@ -67,7 +68,7 @@ async fn connect(
         let stream = TlsConnector::from(trust.client.clone())
             .connect(name, BufReader::with_capacity(READ, stream))
             .await
-            .map_err(|e| LinkError::from_tls(&peer, e))?;
+            .map_err(|e| LinkError::from_tls(&peer, e).of(node))?;
         let named = proved(&peer, stream.get_ref().1.peer_certificates())?;
         if named != *node {
             let why = format!("names {named}, and {node} was expected");

@@ -3,12 +3,13 @@
 
 use std::{io, path::PathBuf};
 
-use rustls::AlertDescription as Alert;
-use thiserror::Error;
-use transship_types::Code;
+use rustls::{AlertDescription as Alert, CertificateError, Error};
+use rustls_pki_types::UnixTime;
+use time::{Date, OffsetDateTime};
+use transship_types::{Code, NodeName};
 use transship_wire::WireError;
 
-#[derive(Debug, Error)]
+#[derive(Debug, thiserror::Error)]
 pub enum LinkError {
     #[error("{} cannot be used: {why}", path.display())]
     Credentials { path: PathBuf, why: String },
@@ -23,15 +24,27 @@ pub enum LinkError {
     PeerNotTrusted {
         peer: String,
         #[source]
-        source: rustls::Error,
+        source: Error,
     },
     /// The peer refuses ours.
     #[error("{peer} does not trust this node's certificate")]
     NotTrustedByPeer {
         peer: String,
         #[source]
-        source: rustls::Error,
+        source: Error,
     },
+    /// Theirs or ours, as seen here.
+    #[error("the certificate of {peer} expired on {until}")]
+    Expired {
+        peer: String,
+        /// Whose it is, if that is known: a name in a certificate that did not
+        /// pass proves nothing.
+        node: Option<NodeName>,
+        until: Date,
+    },
+    /// By our list.
+    #[error("the certificate of {peer} has been revoked")]
+    Revoked { peer: String, node: Option<NodeName> },
     #[error("the certificate of {peer} {why}")]
     Name { peer: String, why: String },
     #[error("{peer} does not speak TLS 1.3 as a node does: {why}")]
@@ -63,6 +76,8 @@ impl LinkError {
             LinkError::Credentials { .. }
             | LinkError::PeerNotTrusted { .. }
             | LinkError::NotTrustedByPeer { .. }
+            | LinkError::Expired { .. }
+            | LinkError::Revoked { .. }
             | LinkError::Name { .. } => Code::NotTrusted,
             LinkError::NotANode { .. } | LinkError::Version { .. } => Code::Protocol,
             LinkError::Timeout { .. } => Code::Timeout,
@@ -77,8 +92,13 @@ impl LinkError {
     }
 
     /// What would help, as one sentence.
-    pub fn remedy(&self) -> &'static str {
-        match self {
+    pub fn remedy(&self) -> String {
+        let remedy = match self {
+            LinkError::Expired { node, .. } => return renewal(node.as_ref()),
+            LinkError::Revoked { node, .. } => {
+                let renewal = renewal(node.as_ref());
+                return format!("if it shall be a node again, {renewal}");
+            }
             LinkError::Unreachable { .. } => {
                 "see that transshipd runs there and that its port is open"
             }
@@ -97,6 +117,35 @@ impl LinkError {
                 "see the network and the peer's log, then try again"
             }
             LinkError::Arrival(_) | LinkError::Socket { .. } => "see the log of transshipd",
+        };
+        remedy.into()
+    }
+
+    /// Whose certificate it is, once that is known.
+    pub(crate) fn of(mut self, name: &NodeName) -> Self {
+        if let LinkError::Expired { node, .. } | LinkError::Revoked { node, .. } = &mut self {
+            *node = Some(name.clone());
+        }
+        self
+    }
+
+    /// A certificate that does not pass here.
+    pub(crate) fn of_certificate(peer: &str, source: Error) -> Self {
+        let peer = peer.to_string();
+        let Error::InvalidCertificate(why) = &source else {
+            return LinkError::PeerNotTrusted { peer, source };
+        };
+        let date = |until: UnixTime| {
+            let seconds = until.as_secs().try_into().ok()?;
+            OffsetDateTime::from_unix_timestamp(seconds).ok().map(OffsetDateTime::date)
+        };
+        match why {
+            CertificateError::Revoked => LinkError::Revoked { peer, node: None },
+            CertificateError::ExpiredContext { not_after, .. } => match date(*not_after) {
+                Some(until) => LinkError::Expired { peer, node: None, until },
+                None => LinkError::PeerNotTrusted { peer, source },
+            },
+            _ => LinkError::PeerNotTrusted { peer, source },
         }
     }
 
@@ -111,14 +160,15 @@ impl LinkError {
 
     pub(crate) fn from_tls(peer: &str, error: io::Error) -> Self {
         let peer = peer.to_string();
-        let tls = error.get_ref().and_then(|e| e.downcast_ref::<rustls::Error>()).cloned();
+        let tls = error.get_ref().and_then(|e| e.downcast_ref::<Error>()).cloned();
         match tls {
             Some(
-                source @ (rustls::Error::InvalidCertificate(_)
-                | rustls::Error::NoCertificatesPresented),
-            ) => LinkError::PeerNotTrusted { peer, source },
+                source @ (Error::InvalidCertificate(_)
+                | Error::InvalidCertRevocationList(_)
+                | Error::NoCertificatesPresented),
+            ) => Self::of_certificate(&peer, source),
             Some(
-                source @ rustls::Error::AlertReceived(
+                source @ Error::AlertReceived(
                     Alert::UnknownCA
                     | Alert::BadCertificate
                     | Alert::CertificateExpired
@@ -130,15 +180,24 @@ impl LinkError {
                     | Alert::DecryptError,
                 ),
             ) => LinkError::NotTrustedByPeer { peer, source },
-            Some(rustls::Error::AlertReceived(Alert::UnrecognisedName)) => {
+            Some(Error::AlertReceived(Alert::UnrecognisedName)) => {
                 LinkError::Name { peer, why: "was expected, and another node answers there".into() }
             }
             Some(
-                other @ (rustls::Error::InvalidMessage(_)
-                | rustls::Error::PeerIncompatible(_)
-                | rustls::Error::AlertReceived(_)),
+                other @ (Error::InvalidMessage(_)
+                | Error::PeerIncompatible(_)
+                | Error::AlertReceived(_)),
             ) => LinkError::NotANode { peer, why: other.to_string() },
             _ => LinkError::Broken { peer, source: error.into() },
         }
     }
+}
+
+/// How a node gets another certificate.
+pub fn renewal(node: Option<&NodeName>) -> String {
+    let node = node.map_or("NODE", NodeName::as_str);
+    format!(
+        "run `transshipd issue {node} --out DIR` where the CA is, copy what is in DIR to \
+         /etc/transship on {node}, and `systemctl reload transshipd` there"
+    )
 }

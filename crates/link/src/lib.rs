@@ -15,6 +15,7 @@
 pub mod arrivals;
 mod channel;
 mod connect;
+mod credentials;
 mod error;
 pub mod in_memory;
 mod route;
@@ -23,6 +24,7 @@ mod trust;
 
 pub use channel::{BoxRead, BoxWrite, Channel};
 pub use connect::{accept, connect_agent, connect_ticket, turn_away};
-pub use error::LinkError;
+pub use credentials::{Credentials, Pem};
+pub use error::{LinkError, renewal};
 pub use route::{Route, route};
-pub use trust::{Credentials, Trust};
+pub use trust::Trust;

@@ -6,9 +6,12 @@ use std::{fs, time::Duration};
 
 use common::{Ca, listen, node};
 use rcgen::ExtendedKeyUsagePurpose;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use transship_link::{Channel, LinkError, Trust, accept, connect_agent, connect_ticket};
+use transship_link::{
+    Channel, Credentials, LinkError, Trust, accept, connect_agent, connect_ticket,
+};
 use transship_types::{Code, Ticket};
 
 /// What each end gets when `client` calls the server as node `asked`.
@@ -73,17 +76,95 @@ async fn a_refused_client_hears_why() {
     assert_eq!(at_b.unwrap_err().code(), Code::NotTrusted);
 }
 
+/// With the node, the date and the command that helps.
 #[tokio::test]
 async fn an_expired_certificate_is_refused() {
     let ca = Ca::new();
     let expired = Trust::load(&ca.issue_expired("b")).unwrap();
+    let until = expired.until().date().to_string();
+    let said = |error: &LinkError, wanted: &[&str]| {
+        let (text, remedy) = (error.to_string(), error.remedy());
+        for word in wanted {
+            assert!(text.contains(word) || remedy.contains(word), "{word}: {text} ({remedy})");
+        }
+        assert_eq!(error.code(), Code::NotTrusted);
+    };
     let (at_a, _) = call(&ca.trust("a"), &expired, "b").await;
-    let error = at_a.unwrap_err();
-    assert!(matches!(error, LinkError::PeerNotTrusted { .. }), "{error:?}");
+    let of_b = ["b at 127.0.0.1", "expired on", &until, "transshipd issue b", "reload"];
+    said(&at_a.unwrap_err(), &of_b);
 
-    let (at_b, at_a) = call(&expired, &ca.trust("a"), "a").await;
+    // Its own: said before anybody is dialled.
+    let nobody = connect_agent(&expired, "127.0.0.1:1", &node("a")).await.unwrap_err();
+    said(&nobody, &["this node, b,", &until, "transshipd issue b"]);
+    assert!(matches!(expired.vet(), Err(LinkError::Expired { .. })));
+    ca.trust("b").vet().unwrap();
+
+    // One that dials all the same is refused as well.
+    let (listener, address) = listen().await;
+    let a = ca.trust("a");
+    let serve = async { accept(&a, listener.accept().await.unwrap().0).await };
+    let files = ca.issue_expired("b");
+    let (_, at_a) = tokio::join!(dial_with(&files, &address, "a"), serve);
+    said(&at_a.unwrap_err(), &["127.0.0.1", "expired on", "transshipd issue NODE"]);
+}
+
+/// TLS as a node does it, without a node's own precautions.
+async fn dial_with(files: &Credentials, address: &str, to: &str) {
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_file(&files.ca).unwrap()).unwrap();
+    let provider = std::sync::Arc::new(rustls::crypto::ring::default_provider());
+    let chain = vec![CertificateDer::from_pem_file(&files.certificate).unwrap()];
+    let key = PrivateKeyDer::from_pem_file(&files.key).unwrap();
+    let config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_client_auth_cert(chain, key)
+        .unwrap();
+    let name = ServerName::try_from(node(to).agent_dns()).unwrap();
+    let stream = TcpStream::connect(address).await.unwrap();
+    let connector = tokio_rustls::TlsConnector::from(std::sync::Arc::new(config));
+    let mut stream = connector.connect(name, stream).await.unwrap();
+    // A client is done before the server has looked at its certificate.
+    let _ = stream.read(&mut [0; 64]).await;
+}
+
+#[tokio::test]
+async fn a_revoked_certificate_is_refused_by_either_end() {
+    let ca = Ca::new();
+    let (a, b, c) = (ca.issue("a"), ca.issue("b"), ca.issue("c"));
+    let list = Some(ca.revoke("list", &[&b]));
+    let [a, c] =
+        [a, c].map(|files| Trust::load(&Credentials { crl: list.clone(), ..files }).unwrap());
+    // Who is on the list may not know it yet.
+    let b = Trust::load(&b).unwrap();
+    let (at_a, at_b) = call(&a, &b, "b").await;
+    let error = at_a.unwrap_err();
+    assert!(matches!(&error, LinkError::Revoked { .. }), "{error:?}");
+    assert!(error.to_string().contains("b at 127.0.0.1"), "{error}");
+    assert!(error.remedy().contains("transshipd issue b"), "{}", error.remedy());
     assert!(matches!(at_b.unwrap_err(), LinkError::NotTrustedByPeer { .. }));
+    let (at_b, at_a) = call(&b, &a, "a").await;
+    assert!(matches!(at_b.unwrap_err(), LinkError::NotTrustedByPeer { .. }));
+    assert!(matches!(at_a.unwrap_err(), LinkError::Revoked { .. }));
+    // Who is not on it is as good as before.
+    let (at_a, at_c) = call(&a, &c, "c").await;
+    assert_eq!((at_a.unwrap().peer, at_c.unwrap().peer), (node("c"), node("a")));
+}
+
+/// A list that says nothing about a certificate must not pass for one that
+/// says nothing against it.
+#[tokio::test]
+async fn a_list_of_another_ca_lets_nobody_in() {
+    let (ca, other) = (Ca::new(), Ca::new());
+    let list = other.revoke("list", &[]);
+    let odd = Trust::load(&Credentials { crl: Some(list.clone()), ..ca.issue("a") }).unwrap();
+    assert_eq!(odd.vet().unwrap_err().code(), Code::NotTrusted);
+    let (_, at_a) = call(&ca.trust("b"), &odd, "a").await;
     assert!(matches!(at_a.unwrap_err(), LinkError::PeerNotTrusted { .. }));
+    fs::write(&list, "no list").unwrap();
+    let error = Trust::load(&Credentials { crl: Some(list), ..ca.issue("a") }).unwrap_err();
+    assert!(error.to_string().contains("holds no revocation list"), "{error}");
 }
 
 #[tokio::test]
@@ -137,7 +218,6 @@ async fn a_key_must_belong_to_its_certificate() {
 /// rustls itself as a client, without a certificate.
 #[tokio::test]
 async fn a_client_without_a_certificate_is_refused() {
-    use rustls_pki_types::{CertificateDer, ServerName, pem::PemObject};
     let ca = Ca::new();
     let mut roots = rustls::RootCertStore::empty();
     roots.add(CertificateDer::from_pem_file(ca.issue("b").ca).unwrap()).unwrap();

@@ -34,7 +34,7 @@ pub struct Answer {
 }
 
 pub async fn ask(node: &Node, to: &Destination, offer: Offer) -> Step<Answer> {
-    let mut channel = connect_agent(&node.trust, &to.address, &to.name).await?;
+    let mut channel = connect_agent(&node.trust(), &to.address, &to.name).await?;
     channel.writer.set_deadline(talk::WRITE);
     let consider = Message::Consider(Consider { offer: Some(offer) });
     talk::send(&mut channel, consider).await?;

@@ -109,7 +109,7 @@ impl Source {
     }
 
     fn depart_request(&self, ready: &Ready) -> DepartRequest {
-        let files = &self.node.config.credentials;
+        let files = &self.node.identities.current().files;
         let text = |path: &std::path::Path| path.to_string_lossy().into_owned();
         DepartRequest {
             id: self.key.id().into(),
@@ -121,6 +121,7 @@ impl Source {
                 ca: text(&files.ca),
                 certificate: text(&files.certificate),
                 key: text(&files.key),
+                crl: files.crl.as_deref().map(text).unwrap_or_default(),
                 ..Default::default()
             })
             .into(),

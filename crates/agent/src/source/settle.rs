@@ -168,7 +168,8 @@ impl Source {
 
     async fn ask(&self) -> Step<Option<Proof>> {
         let Destination { name, address } = &self.to;
-        let channel = connect_agent(&self.node.trust, address, name).await?;
+        let trust = self.node.trust();
+        let channel = connect_agent(&trust, address, name).await?;
         let inquiry = Inquiry { migration: self.entry.migration().to_string() };
         match talk::ask(channel, Message::Inquiry(inquiry), ANSWER).await? {
             Message::Standing(standing) => Ok(match standing.state.as_str() {

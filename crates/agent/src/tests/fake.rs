@@ -564,6 +564,7 @@ async fn until_prepared(
         ca: (&files.ca).into(),
         certificate: (&files.certificate).into(),
         key: (&files.key).into(),
+        crl: Some(&files.crl).filter(|crl| !crl.is_empty()).map(Into::into),
     })?;
     let (node, ticket) = (request.node.parse()?, request.ticket.parse()?);
     let mut target = connect_ticket(&trust, &request.address, &node, &ticket).await?;

@@ -152,7 +152,7 @@ async fn a_node_that_may_not_send_here_is_refused_whatever_it_asks() {
 }
 
 async fn ask(from: &Side, to: &Side, question: Message) -> Message {
-    let (trust, name) = (&from.node.trust, to.node.name());
+    let (trust, name) = (&from.node.trust(), to.node.name());
     let channel = transship_link::connect_agent(trust, &to.address(), name).await.unwrap();
     talk::ask(channel, question, std::time::Duration::from_secs(20)).await.unwrap()
 }

@@ -13,7 +13,7 @@ use crate::{book::End, talk};
 
 /// A target that was admitted to hand out a ticket, and the ticket.
 async fn offer(from: &Side, to: &Side, offer: Offer) -> Result<Ticket, String> {
-    let trust = &from.node.trust;
+    let trust = &from.node.trust();
     let channel = connect_agent(trust, &to.address(), to.node.name()).await.unwrap();
     let limit = std::time::Duration::from_secs(20);
     match talk::ask(channel, Message::Offer(offer), limit).await.unwrap() {
@@ -31,7 +31,7 @@ async fn a_ticket_is_worth_nothing_once_its_migration_is_over() {
     let live = world.begin().await.unwrap();
     assert!(matches!(end(&live).await, End::Moved(_)));
     let ticket = world.b.fake.state().tickets[&world.key].clone();
-    let trust = &world.a.node.trust;
+    let trust = &world.a.node.trust();
     let again = connect_ticket(trust, &world.b.address(), world.b.node.name(), &ticket).await;
     assert!(again.is_err(), "{:?}", again.map(|channel| channel.peer));
     // And the agent serves on.
@@ -65,7 +65,7 @@ async fn another_node_learns_nothing_of_a_migration() {
     assert!(matches!(end(&live).await, End::Moved(_)));
     let inquiry = Message::Inquiry(Inquiry { migration: live.migration.to_string() });
     for (side, state) in [(&world.a, "arrived"), (&c, "unknown")] {
-        let (trust, b) = (&side.node.trust, &world.b);
+        let (trust, b) = (&side.node.trust(), &world.b);
         let channel = connect_agent(trust, &b.address(), b.node.name()).await.unwrap();
         let answer = talk::ask(channel, inquiry.clone(), std::time::Duration::from_secs(20)).await;
         assert!(matches!(answer.unwrap(), Message::Standing(s) if s.state == state), "{state}");

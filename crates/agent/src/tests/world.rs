@@ -174,6 +174,7 @@ impl Side {
                 ca: files.join("ca.pem"),
                 certificate: files.join("node.pem"),
                 key: files.join("node.key"),
+                crl: None,
             },
         };
         let mut config = Config {

@@ -41,7 +41,7 @@ pub struct Arrivals(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    credentials: Credentials,
+    credentials: Mutex<Credentials>,
     slots: Mutex<HashMap<Ticket, Slot>>,
     changed: Notify,
 }
@@ -60,8 +60,13 @@ struct Slot {
 
 impl Arrivals {
     pub fn new(credentials: Credentials) -> Self {
-        let slots = Mutex::default();
+        let (credentials, slots) = (credentials.into(), Mutex::default());
         Self(Arc::new(Inner { credentials, slots, changed: Notify::new() }))
+    }
+
+    /// Connections from now on are accepted with these.
+    pub fn renew(&self, credentials: Credentials) {
+        *self.credentials() = credentials;
     }
 
     /// Makes `ticket` valid for connections from `peer` (which the shim
@@ -139,8 +144,7 @@ impl Arrivals {
         let (shim, peer, migration) = time::timeout(SHIM, self.waiting_shim(ticket))
             .await
             .map_err(|_| refused("no shim waits under the ticket"))??;
-        let Credentials { ca, certificate, key } = self.0.credentials.clone();
-        let answer = Answer::Granted { ca, certificate, key, peer, migration };
+        let answer = Answer::Granted { credentials: self.credentials().clone(), peer, migration };
         send(&shim, &answer, Some(&stream)).await.map_err(|source| LinkError::Socket {
             what: "handing a connection over".into(),
             source,
@@ -179,6 +183,10 @@ impl Arrivals {
             }
             changed.await;
         }
+    }
+
+    fn credentials(&self) -> MutexGuard<'_, Credentials> {
+        self.0.credentials.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn slots(&self) -> MutexGuard<'_, HashMap<Ticket, Slot>> {

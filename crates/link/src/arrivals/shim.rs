@@ -75,14 +75,12 @@ pub async fn wait_at(
     }
     let answer = serde_json::from_slice(&bytes).map_err(|e| failed(e.into()))?;
     match (answer, descriptor) {
-        (Answer::Granted { ca, certificate, key, peer, migration }, Some(descriptor)) => {
-            Ok(Arrival {
-                stream: into_stream(descriptor).map_err(failed)?,
-                credentials: Credentials { ca, certificate, key },
-                peer,
-                migration,
-            })
-        }
+        (Answer::Granted { credentials, peer, migration }, Some(descriptor)) => Ok(Arrival {
+            stream: into_stream(descriptor).map_err(failed)?,
+            credentials,
+            peer,
+            migration,
+        }),
         (Answer::Granted { .. }, None) => {
             Err(LinkError::Arrival("the agent sent no connection".into()))
         }
