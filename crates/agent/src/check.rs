@@ -36,6 +36,7 @@ async fn here(node: &Node) -> Vec<CheckResult> {
         good("node", format!("{} ({})", node.name(), host.architecture)),
         good("kernel", host.kernel),
         memory(),
+        mappings(),
         good("cgroups", format!("version {}", host.cgroup_version)),
     ];
     results.push(if host.criu_version >= OLDEST.number() {
@@ -68,6 +69,16 @@ fn memory() -> CheckResult {
         backend => format!("writes are noticed by {}{why}", backend.as_str()),
     };
     good("memory", detail)
+}
+
+/// Whether CRIU is spared a walk over all pages within the pause. Without that
+/// containers still move.
+fn mappings() -> CheckResult {
+    let detail = match transship_criu::lists_mappings() {
+        Ok(()) => "listed without a look at their pages".into(),
+        Err(error) => format!("CRIU reads smaps: pauses grow with memory ({})", chain(&error)),
+    };
+    good("mappings", detail)
 }
 
 /// One of the names is enough: they are the same program.
@@ -174,5 +185,12 @@ mod tests {
     fn the_way_to_notice_writes_is_told() {
         let told = memory();
         assert!(told.ok && told.detail.contains("noticed"), "{told:?}");
+    }
+
+    #[test]
+    fn how_criu_learns_of_mappings_is_told() {
+        let told = mappings();
+        let either = ["listed", "CRIU reads smaps"];
+        assert!(told.ok && either.iter().any(|text| told.detail.contains(text)), "{told:?}");
     }
 }

@@ -1,5 +1,7 @@
 //! A container whose private memory CRIU does not see.
 //!
+//! # Pages
+//!
 //! CRIU learns which pages a process has from `/proc/PID/pagemap`, and saves
 //! them inside the pause. Ours have gone over already. So for the dump
 //! that path is covered, in a mount namespace that only CRIU is in, with the
@@ -12,7 +14,7 @@
 //! gate (isolated) ─▶ stub: own mount namespace ─▶ CRIU, waits for DUMP
 //! Hider::prepare   ─▶ empty process; our thread joins CRIU's namespace
 //! … freeze …
-//! Hider::hide      ─▶ one bind mount per process     (all that the pause sees)
+//! Hider::hide      ─▶ two bind mounts per process    (all that the pause sees)
 //! … dump …
 //! drop(Hidden)     ─▶ empty process gone; the mounts end with the namespace
 //! ```
@@ -24,16 +26,31 @@
 //! otherwise, and a file has no such call. Nor need the emptiness be perfect
 //! for a sound image: a page too many that CRIU believes in is saved with the
 //! container's own bytes.
+//!
+//! # Mappings
+//!
+//! CRIU learns what a process has mapped from `/proc/PID/smaps`, and takes
+//! from it what `/proc/PID/maps` says as well, and the flags. For the rest of
+//! that file the kernel looks at every page, some 13 ms for each GiB of them.
+//! So that path is covered too, with a file of just what CRIU reads: the
+//! lines of `maps` and the [`flags`], found out when every task stands still.
+//! Where the kernel cannot tell the flags alone, CRIU reads its file: the same
+//! answer, and a pause that grows with memory.
+
+mod btf;
+mod flags;
+mod smaps;
 
 use std::{
-    io,
+    fs, io,
     sync::mpsc::{Receiver, Sender, channel},
     thread,
 };
 
 use nix::libc;
-use tracing::warn;
+use tracing::{debug, info, warn};
 
+use self::flags::Flags;
 use crate::{CriuError, sys};
 
 /// The empty process is there, and a thread of ours in CRIU's namespace.
@@ -49,17 +66,18 @@ pub struct Hider {
 pub struct Hidden {
     /// The thread ends when this is gone.
     _orders: Sender<Order>,
+    listed: usize,
 }
 
 struct Order {
     pids: Vec<i32>,
-    done: Sender<Result<(), CriuError>>,
+    done: Sender<Result<usize, CriuError>>,
 }
 
 impl Hider {
     /// Everything slow, before the freeze. `criu_pid` is that of a CRIU which
-    /// came through an [isolated](crate::Gate::isolate) gate. Blocks for about
-    /// a millisecond.
+    /// came through an [isolated](crate::Gate::isolate) gate. Blocks for some
+    /// milliseconds.
     pub fn prepare(criu_pid: i32) -> Result<Self, CriuError> {
         let (orders, inbox) = channel();
         let (ready, prepared) = channel();
@@ -72,7 +90,7 @@ impl Hider {
     }
 
     /// Hides the private pages of these processes, which must not run. Blocks
-    /// for some 30 µs each.
+    /// for some 100 µs each.
     ///
     /// After an error nothing is hidden and CRIU may do an ordinary dump,
     /// except after [`CriuError::HalfHidden`]: that dump would lose memory.
@@ -81,15 +99,32 @@ impl Hider {
         let order = Order { pids: pids.to_vec(), done };
         self.orders.send(order).map_err(|_| CriuError::Closed)?;
         // A thread that died while it mounted: nobody knows how far it came.
-        answer.recv().map_err(|_| CriuError::HalfHidden)??;
-        Ok(Hidden { _orders: self.orders })
+        let listed = answer.recv().map_err(|_| CriuError::HalfHidden)??;
+        Ok(Hidden { _orders: self.orders, listed })
     }
+}
+
+impl Hidden {
+    /// Of how many processes CRIU reads our list of mappings, and not the
+    /// kernel's.
+    pub fn listed(&self) -> usize {
+        self.listed
+    }
+}
+
+/// Whether this kernel tells the flags of mappings without a look at pages. If
+/// not, all goes on, and takes longer.
+pub fn lists_mappings() -> Result<(), CriuError> {
+    let tried = Flags::new().map(drop);
+    tried.map_err(|source| CriuError::Hide { what: "finding the flags of mappings", source })
 }
 
 /// The thread's life. It never goes back to our own mount namespace: it ends.
 fn serve(criu_pid: i32, ready: &Sender<Result<(), CriuError>>, inbox: &Receiver<Order>) {
-    let empty = match prepare(criu_pid) {
-        Ok(empty) => empty,
+    // First of all, while `/proc/self` is what it says.
+    let flags = Flags::new();
+    let cover = match prepare(criu_pid, flags) {
+        Ok(cover) => cover,
         Err(error) => {
             let _ = ready.send(Err(error));
             return;
@@ -99,11 +134,19 @@ fn serve(criu_pid: i32, ready: &Sender<Result<(), CriuError>>, inbox: &Receiver<
         return;
     }
     while let Ok(order) = inbox.recv() {
-        let _ = order.done.send(cover_all(empty.pid(), &order.pids));
+        let covered = cover.pagemaps(&order.pids).map(|()| cover.lists(&order.pids));
+        let _ = order.done.send(covered);
     }
 }
 
-fn prepare(criu_pid: i32) -> Result<sys::EmptyProcess, CriuError> {
+/// What the files of processes are covered with.
+struct Cover {
+    empty: sys::EmptyProcess,
+    /// Missing where the kernel cannot tell them.
+    flags: Option<Flags>,
+}
+
+fn prepare(criu_pid: i32, flags: io::Result<Flags>) -> Result<Cover, CriuError> {
     let empty = sys::EmptyProcess::create()
         .map_err(|source| CriuError::Hide { what: "making a process without memory", source })?;
     let joined = sys::join_mount_namespace(criu_pid)
@@ -112,29 +155,65 @@ fn prepare(criu_pid: i32) -> Result<sys::EmptyProcess, CriuError> {
     if !joined {
         return Err(CriuError::NotIsolated);
     }
-    Ok(empty)
+    let ready = flags.and_then(|flags| sys::mount_tmpfs(&place(&empty)).map(|()| flags));
+    let flags = ready.inspect_err(|error| {
+        info!(%error, "CRIU reads smaps: the pause grows with memory");
+    });
+    Ok(Cover { empty, flags: flags.ok() })
 }
 
-fn cover_all(empty: i32, pids: &[i32]) -> Result<(), CriuError> {
-    for (index, &pid) in pids.iter().enumerate() {
-        match sys::bind_mount(&pagemap(empty), &pagemap(pid)) {
-            Ok(()) => {}
-            // It ended before the freeze: CRIU does not see it either.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(source) => {
-                uncover(&pids[..index])?;
-                return Err(CriuError::Hide { what: "covering a pagemap", source });
+impl Cover {
+    fn pagemaps(&self, pids: &[i32]) -> Result<(), CriuError> {
+        let empty = pagemap(self.empty.pid());
+        for (index, &pid) in pids.iter().enumerate() {
+            match sys::bind_mount(&empty, &pagemap(pid)) {
+                Ok(()) => {}
+                // It ended before the freeze: CRIU does not see it either.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(source) => {
+                    uncover(&pids[..index])?;
+                    return Err(CriuError::Hide { what: "covering a pagemap", source });
+                }
             }
         }
+        Ok(())
     }
-    Ok(())
+
+    /// As many as can be; the kernel's own tell the same.
+    fn lists(&self, pids: &[i32]) -> usize {
+        let Some(flags) = &self.flags else { return 0 };
+        let mut listed = 0;
+        for &pid in pids {
+            match self.list(flags, pid) {
+                Ok(true) => listed += 1,
+                Ok(false) => debug!(pid, "CRIU reads the kernel's list of its mappings"),
+                Err(error) => debug!(pid, %error, "CRIU reads the kernel's list of its mappings"),
+            }
+        }
+        listed
+    }
+
+    fn list(&self, flags: &Flags, pid: i32) -> io::Result<bool> {
+        let maps = fs::read(format!("/proc/{pid}/maps"))?;
+        let Some(list) = smaps::join(&maps, &flags.of(pid)?) else { return Ok(false) };
+        let path = format!("{}/{pid}", place(&self.empty));
+        fs::write(&path, list)?;
+        sys::bind_mount(&path, &format!("/proc/{pid}/smaps"))?;
+        Ok(true)
+    }
+}
+
+/// Where the lists are: a directory that CRIU has no reason to look into, and
+/// that goes with the process.
+fn place(empty: &sys::EmptyProcess) -> String {
+    format!("/proc/{}/task", empty.pid())
 }
 
 fn uncover(pids: &[i32]) -> Result<(), CriuError> {
     for &pid in pids {
         match sys::unmount(&pagemap(pid)) {
             Ok(()) => {}
-            // Gone, or never covered: see `cover_all`.
+            // Gone, or never covered: see `Cover::pagemaps`.
             Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EINVAL)) => {}
             Err(error) => {
                 warn!(pid, %error, "a pagemap stays covered");
@@ -158,6 +237,14 @@ mod tests {
         process::{Child, Command, Stdio},
     };
 
+    use nix::{
+        sys::{
+            signal::{Signal, kill},
+            wait::{WaitPidFlag, waitpid},
+        },
+        unistd::Pid,
+    };
+
     use super::*;
 
     /// Stands for CRIU: a process in a mount namespace of its own.
@@ -174,6 +261,17 @@ mod tests {
 
         fn pid(&self) -> i32 {
             self.0.id() as i32
+        }
+
+        fn stand_still(&self) {
+            let pid = Pid::from_raw(self.pid());
+            kill(pid, Signal::SIGSTOP).unwrap();
+            waitpid(pid, Some(WaitPidFlag::WUNTRACED)).unwrap();
+        }
+
+        /// The list of mappings of `of` that it sees.
+        fn list(&self, of: u32) -> String {
+            fs::read_to_string(format!("/proc/{}/root/proc/{of}/smaps", self.pid())).unwrap()
         }
 
         /// Which pages of `of` around an address of ours it sees.
@@ -230,6 +328,29 @@ mod tests {
         while fs::exists(format!("/proc/{}", empty[0])).unwrap() {
             thread::yield_now();
         }
+    }
+
+    #[test]
+    fn it_reads_a_list_of_mappings_without_a_look_at_pages() {
+        let (criu, mapped) = (Isolated::start(), Isolated::start());
+        let (pid, own) = (mapped.pid(), std::process::id() as i32);
+        mapped.stand_still();
+        let real = criu.list(pid as u32);
+        assert!(real.contains("Rss:"), "{real}");
+        let hidden = Hider::prepare(criu.pid()).unwrap().hide(&[pid, i32::MAX]).unwrap();
+        if let Err(error) = Flags::new() {
+            eprintln!("note: CRIU reads smaps on this kernel: {error}");
+            assert_eq!((hidden.listed(), criu.list(pid as u32)), (0, real));
+            return;
+        }
+        assert_eq!(hidden.listed(), 1);
+        let list = criu.list(pid as u32);
+        assert!(!list.contains("Rss:"), "{list}");
+        assert_eq!(smaps::entries(list.as_bytes()).len(), smaps::entries(real.as_bytes()).len());
+        assert!(criu.list(own as u32).contains("Rss:"), "that of another process");
+        let everybodys = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
+        assert!(everybodys.contains("Rss:"), "it is covered for everybody");
+        drop(hidden);
     }
 
     #[test]

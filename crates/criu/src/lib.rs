@@ -44,5 +44,5 @@ pub use amend::Amendments;
 pub use conversation::{Conversation, Kind, Notified, Outcome};
 pub use error::{CriuError, Side};
 pub use gate::Gate;
-pub use hide::{Hidden, Hider};
+pub use hide::{Hidden, Hider, lists_mappings};
 pub use remembered::Remembered;

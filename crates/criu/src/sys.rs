@@ -21,12 +21,16 @@ use tokio::io::unix::AsyncFd;
 
 use crate::packet::Packet;
 
+mod bpf;
 mod hide;
+mod sample;
 mod scan;
+pub use bpf::{iterate, load_iterator};
 pub use hide::{
-    EmptyProcess, bind_mount, join_mount_namespace, join_network_namespace, own_mount_namespace,
-    unmount,
+    EmptyProcess, bind_mount, join_mount_namespace, join_network_namespace, mount_tmpfs,
+    own_mount_namespace, unmount,
 };
+pub use sample::{Sample, Wish};
 pub use scan::scan_guards;
 
 /// The kernel's SCM_MAX_FD: with room for that many none is ever cut off.

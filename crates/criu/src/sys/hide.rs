@@ -145,6 +145,13 @@ pub fn bind_mount(from: &str, over: &str) -> io::Result<()> {
     Ok(())
 }
 
+/// An empty file system in memory over a directory, for root alone.
+pub fn mount_tmpfs(over: &str) -> io::Result<()> {
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mount(Some("tmpfs"), over, Some("tmpfs"), flags, Some("mode=0700"))?;
+    Ok(())
+}
+
 pub fn unmount(path: &str) -> io::Result<()> {
     umount2(path, MntFlags::MNT_DETACH)?;
     Ok(())

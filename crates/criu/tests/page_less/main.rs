@@ -8,7 +8,7 @@ mod sys;
 mod target;
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, BTreeSet, HashMap},
     env, fs,
     io::Read,
     os::unix::fs::FileExt,
@@ -66,6 +66,8 @@ fn a_process_comes_back_with_every_page() -> Result<()> {
     if guards.iter().all(PageSet::is_empty) {
         println!("note: this kernel tells of no guard regions; they are not tested");
     }
+    let mappings: Vec<Mappings> =
+        tree.pids.iter().map(|&pid| mappings(pid)).collect::<Result<_>>()?;
     let copies: HashMap<u32, Memory> = tree
         .pids
         .iter()
@@ -108,6 +110,17 @@ fn a_process_comes_back_with_every_page() -> Result<()> {
     ensure!(tree.sums("after", dir.path())? == sums, "the memory is not what it was");
     for (pid, before) in tree.pids.iter().zip(&guards) {
         ensure!(pages::guards(*pid)? == *before, "the guard regions are not what they were");
+    }
+    for (pid, before) in tree.pids.iter().zip(mappings) {
+        let after = self::mappings(*pid)?;
+        for ((start, end), flags) in before {
+            let whole = after.range(..=(start, u64::MAX)).next_back();
+            let whole = whole.filter(|((_, within), _)| end <= *within);
+            ensure!(
+                whole.is_some_and(|(_, now)| *now == flags),
+                "{start:x}-{end:x} of {pid} was {flags:?} and is {whole:?}"
+            );
+        }
     }
     ensure!(server.served() > 0, "no page came through the server");
     Ok(())
@@ -227,10 +240,39 @@ fn copy_of(pid: i32) -> Result<Memory> {
     Ok(copy)
 }
 
+/// By their ends.
+type Mappings = BTreeMap<(u64, u64), BTreeSet<String>>;
+
+/// What of the flags of its mappings shall stay as it is, from the kernel's
+/// own list. Mappings that are alike may become one.
+fn mappings(pid: i32) -> Result<Mappings> {
+    let kept = ["gd", "lo", "nr", "sr", "rr", "dc", "wf", "dd", "hg", "nh"];
+    let mut mappings = Mappings::new();
+    let mut range = None;
+    for line in fs::read_to_string(format!("/proc/{pid}/smaps"))?.lines() {
+        let first = line.split(' ').next().unwrap_or_default();
+        if let Some((start, end)) = first.split_once('-') {
+            // The kernel's own pages come from the kernel.
+            let own = line.ends_with(']') && line.contains("[v");
+            let ends = (u64::from_str_radix(start, 16)?, u64::from_str_radix(end, 16)?);
+            range = (!own).then_some(ends);
+        } else if let (Some(flags), Some(range)) = (line.strip_prefix("VmFlags:"), range) {
+            let flags = flags.split_whitespace().filter(|flag| kept.contains(flag));
+            mappings.insert(range, flags.map(Into::into).collect());
+        }
+    }
+    let found: BTreeSet<_> = mappings.values().flatten().collect();
+    ensure!(found.len() > 5, "the process has only {found:?}");
+    Ok(mappings)
+}
+
 /// By a CRIU that sees no page.
 fn dump(tree: &Tree, images: &MemoryDir) -> Result<()> {
     let path = images.path();
     let hidden = Hider::prepare(tree.keeper.id() as i32)?.hide(&tree.pids)?;
+    if hidden.listed() == 0 {
+        println!("note: CRIU reads the kernel's list of mappings; ours is not tested");
+    }
     let mut criu = inside(&tree.keeper);
     criu.args(["criu", "dump", "-v4", "-o", "dump.log", "-t"]).arg(tree.pids[0].to_string());
     let status = criu.arg("-D").arg(&path).status()?;

@@ -21,6 +21,10 @@ const MADV_GUARD_INSTALL: i32 = 102;
 
 pub enum Kind<'a> {
     Anonymous,
+    /// With this advice of madvise(2).
+    Advised(i32),
+    /// With this flag of mmap(2).
+    Flagged(i32),
     Locked,
     Shared,
     File(&'a Path),
@@ -29,7 +33,8 @@ pub enum Kind<'a> {
 pub fn map(bytes: usize, kind: Kind<'_>) -> &'static mut [u8] {
     let private = libc::MAP_PRIVATE;
     let (flags, file) = match kind {
-        Kind::Anonymous | Kind::Locked => (private | libc::MAP_ANONYMOUS, None),
+        Kind::Flagged(flag) => (private | libc::MAP_ANONYMOUS | flag, None),
+        Kind::Anonymous | Kind::Locked | Kind::Advised(_) => (private | libc::MAP_ANONYMOUS, None),
         Kind::Shared => (libc::MAP_SHARED | libc::MAP_ANONYMOUS, None),
         Kind::File(path) => (private, Some(File::open(path).expect("the file"))),
     };
@@ -39,6 +44,10 @@ pub fn map(bytes: usize, kind: Kind<'_>) -> &'static mut [u8] {
     unsafe {
         let address = libc::mmap(std::ptr::null_mut(), bytes, rights, flags, fd, 0);
         assert_ne!(address, libc::MAP_FAILED);
+        if let Kind::Advised(advice) = kind {
+            // Not every kernel knows each of them.
+            libc::madvise(address, bytes, advice);
+        }
         std::slice::from_raw_parts_mut(address.cast(), bytes)
     }
 }

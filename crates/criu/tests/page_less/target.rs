@@ -2,12 +2,26 @@
 
 use std::{fs, path::Path, process, thread};
 
+use nix::libc;
+
 use crate::sys;
 
 pub const ANONYMOUS: usize = 16 << 20;
 pub const FILE: usize = 1 << 20;
 pub const LOCKED: usize = 1 << 20;
 pub const SHARED: usize = 1 << 20;
+/// Mappings that differ by what the kernel does with them.
+const REMARKABLE: [sys::Kind<'_>; 9] = [
+    sys::Kind::Advised(libc::MADV_DONTFORK),
+    sys::Kind::Advised(libc::MADV_WIPEONFORK),
+    sys::Kind::Advised(libc::MADV_DONTDUMP),
+    sys::Kind::Advised(libc::MADV_HUGEPAGE),
+    sys::Kind::Advised(libc::MADV_NOHUGEPAGE),
+    sys::Kind::Advised(libc::MADV_SEQUENTIAL),
+    sys::Kind::Advised(libc::MADV_RANDOM),
+    sys::Kind::Flagged(libc::MAP_GROWSDOWN),
+    sys::Kind::Flagged(libc::MAP_NORESERVE),
+];
 const PAGE: usize = 4096;
 const ON_STACKS: usize = 256 << 10;
 
@@ -26,12 +40,17 @@ pub fn run(dir: &Path) -> ! {
     fill(shared, 4, 1);
     fill(closed, 5, 3);
     fill(file, 6, 2);
+    let remarkable = REMARKABLE.map(|kind| sys::map(8 * PAGE, kind));
     sys::guard(&mut anonymous[8 * PAGE..12 * PAGE]);
     let child = sys::fork();
     if child == 0 {
         // Half of it becomes its own; the rest it shares until somebody writes.
         fill(&mut anonymous[ANONYMOUS / 2..], 7, 1);
         fill(file, 8, 2);
+    }
+    if child != 0 {
+        // A child has not all of them, and not what is in them.
+        remarkable.into_iter().for_each(|memory| fill(memory, 9, 2));
     }
     sys::lock_and_close(locked, closed);
     let threads: Vec<_> = (0..3).map(|number| thread::spawn(move || hold(number))).collect();
