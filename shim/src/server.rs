@@ -13,9 +13,11 @@ use std::{
 };
 
 use containerd_shim_protos::ttrpc::r#async::{Server, transport::Listener};
+use futures::Stream;
 use nix::{libc, sys::prctl::set_child_subreaper};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{Level, debug, error, info, warn};
+use transship_link::local::Peer;
 
 use crate::{
     control,
@@ -95,10 +97,31 @@ async fn serve_control(pod: &Pod) -> Result<Server> {
     let listener = UnixListener::bind(path).map_err(Error::io(doing()))?;
     fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(Error::io(doing()))?;
     listener.set_nonblocking(true).map_err(Error::io(doing()))?;
-    let listener = Listener::try_from(listener).map_err(Error::io(doing()))?;
+    let listener = tokio::net::UnixListener::from_std(listener).map_err(Error::io(doing()))?;
+    let listener = Listener::new(of_root(listener));
     let mut server = Server::new().add_listener(listener).register_service(control::services(pod));
     server.start().await.map_err(Error::other(doing()))?;
     Ok(server)
+}
+
+/// Connections of root, or of whoever runs us. The mode of the socket says so
+/// to the kernel; this asks the kernel who has come, in case the mode has been
+/// changed.
+fn of_root(
+    listener: tokio::net::UnixListener,
+) -> impl Stream<Item = io::Result<tokio::net::UnixStream>> {
+    futures::stream::unfold(listener, |listener| async {
+        loop {
+            let stream = match listener.accept().await {
+                Ok((stream, _)) => stream,
+                Err(error) => return Some((Err(error), listener)),
+            };
+            match Peer::enters(&stream, None) {
+                Ok(_) => return Some((Ok(stream), listener)),
+                Err(stranger) => warn!(%stranger, "refused at the control socket"),
+            }
+        }
+    })
 }
 
 /// Signals do not end a shim that has containers: it is the one that knows

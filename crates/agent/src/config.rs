@@ -68,6 +68,8 @@ pub struct Config {
     #[serde(default)]
     pub send_to: Nodes,
     #[serde(default)]
+    pub control: Control,
+    #[serde(default)]
     pub containerd: Containerd,
     /// containerd's names for runtimes that are our shim.
     #[serde(default = "default_runtimes")]
@@ -84,6 +86,14 @@ pub struct Config {
 pub struct Peer {
     /// HOST:PORT.
     pub address: String,
+}
+
+/// Who may use the control socket beside root.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Control {
+    /// A name or a number.
+    pub group: Option<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -142,6 +152,7 @@ impl Default for Config {
             peers: BTreeMap::new(),
             receive_from: Nodes::default(),
             send_to: Nodes::default(),
+            control: Control::default(),
             containerd: Containerd::default(),
             runtimes: default_runtimes(),
             limits: Limits::default(),
@@ -212,6 +223,8 @@ mod tests {
             credentials = { ca = "/c", certificate = "/n", key = "/k", crl = "/r" }
             [peers.b]
             address = "b.example.org:7430"
+            [control]
+            group = "movers"
             [containerd]
             address = "/run/k3s/containerd/containerd.sock"
             [limits]

@@ -302,7 +302,7 @@ async fn inspect(
 
 /// An error of a call that does not stream. The refusal travels beside the
 /// text, so that programs need not read it.
-fn status(failure: &Failure) -> ttrpc::Error {
+pub fn status(failure: &Failure) -> ttrpc::Error {
     let mut status = ttrpc::get_status(ttrpc::Code::FAILED_PRECONDITION, failure.sentence());
     for refusal in &failure.0 {
         // A message made of three strings always has a form.

@@ -16,6 +16,7 @@ pub mod config;
 pub mod containerd;
 mod control;
 pub mod daemon;
+mod doors;
 pub mod failure;
 mod host;
 pub mod identity;

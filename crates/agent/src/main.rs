@@ -59,6 +59,8 @@ Environment:
 ///   crl = "/etc/transship/crl.pem"     # default: if it is there
 ///   [peers.node-b]
 ///   address = "10.0.0.2:7430"
+///   [control]
+///   group = "movers"              # default: root alone
 ///   [containerd]
 ///   address = "/run/containerd/containerd.sock"
 ///   [limits]

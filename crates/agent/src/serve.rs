@@ -21,7 +21,14 @@ use tokio::{
 use transship_api::control_ttrpc::create_agent;
 use ttrpc::asynchronous::Server;
 
-use crate::{control::Control, failure::chain, listener, node::Node, source, target};
+use crate::{
+    control::Control,
+    doors::{self, Refused},
+    failure::chain,
+    listener,
+    node::Node,
+    source, target,
+};
 
 /// Between two looks at what expires.
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
@@ -54,6 +61,8 @@ pub enum ServeError {
 pub struct Serving {
     node: Arc<Node>,
     control: Server,
+    /// For those who may not use the other one.
+    refusing: Server,
     control_socket: PathBuf,
     arrivals_socket: PathBuf,
     pub address: std::net::SocketAddr,
@@ -85,15 +94,23 @@ pub async fn open(node: Arc<Node>) -> Result<Serving, ServeError> {
     });
 
     let control_socket = runtime.join("agent.sock");
-    let control = private_socket(&control_socket)?;
-    let control =
-        ttrpc::asynchronous::transport::Listener::try_from(control).map_err(|source| {
-            ServeError::Listen { address: control_socket.display().to_string(), source }
-        })?;
+    let listening =
+        |source| ServeError::Listen { address: control_socket.display().to_string(), source };
+    let control = UnixListener::from_std(private_socket(&control_socket)?).map_err(listening)?;
+    let named = node.config.control.group.clone();
+    let group = named.as_deref().map(doors::group).transpose().map_err(listening)?;
+    if let Some(group) = group {
+        doors::open_to(group, &control_socket, &runtime).map_err(listening)?;
+    }
+    let (admitted, refused) = doors::sort(&node, control, group);
     let mut control = Server::new()
-        .add_listener(control)
+        .add_listener(admitted)
         .register_service(create_agent(Arc::new(Control(node.clone()))));
     control.start().await.map_err(ServeError::Control)?;
+    let mut refusing = Server::new()
+        .add_listener(refused)
+        .register_service(create_agent(Arc::new(Refused { group: named })));
+    refusing.start().await.map_err(ServeError::Control)?;
 
     // What a former run left open, before new work can meet it.
     target::take_up(&node);
@@ -101,7 +118,7 @@ pub async fn open(node: Arc<Node>) -> Result<Serving, ServeError> {
     node.tasks.spawn(listener::serve(node.clone(), listener));
     node.tasks.spawn(remind(node.clone()));
     tracing::info!(node = %node.name(), %address, "transshipd serves");
-    Ok(Serving { node, control, control_socket, arrivals_socket, address })
+    Ok(Serving { node, control, refusing, control_socket, arrivals_socket, address })
 }
 
 /// Says what expires before it does, to whoever reads the log and runs no
@@ -139,6 +156,7 @@ impl Serving {
         }
         // Only now: the command lines have their outcomes.
         self.control.disconnect().await;
+        self.refusing.disconnect().await;
         for socket in [&self.control_socket, &self.arrivals_socket] {
             // It may be gone; the next run removes what is left.
             let _ = fs::remove_file(socket);

@@ -4,6 +4,7 @@
 
 mod cancels;
 mod cuts;
+mod doors;
 mod fake;
 mod moves;
 mod plans;

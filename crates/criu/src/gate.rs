@@ -326,4 +326,14 @@ mod tests {
         sweep(parent.path());
         assert!(!dead.exists() && unfinished.exists() && gate.dir.0.exists());
     }
+
+    #[tokio::test]
+    async fn a_gate_is_its_owners_alone() {
+        use std::os::unix::fs::PermissionsExt;
+        let parent = tempfile::tempdir().unwrap();
+        let gates = parent.path().join("gates");
+        let gate = Gate::open_in(&gates, "/bin/true".into()).unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!((mode(&gates), mode(&gate.dir.0), mode(&gate.socket())), (0o700, 0o700, 0o600));
+    }
 }

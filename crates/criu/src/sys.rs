@@ -10,10 +10,13 @@ use std::{
 
 use nix::{
     cmsg_space, libc,
-    sys::socket::{
-        AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType,
-        UnixAddr, accept4, bind, connect, getsockopt, listen, recv, recvmsg, sendmsg, socket,
-        socketpair, sockopt,
+    sys::{
+        socket::{
+            AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag,
+            SockType, UnixAddr, accept4, bind, connect, getsockopt, listen, recv, recvmsg, sendmsg,
+            socket, socketpair, sockopt,
+        },
+        stat::{Mode, fchmod},
     },
 };
 
@@ -42,6 +45,8 @@ pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
 
 pub fn listener(path: &Path) -> io::Result<OwnedFd> {
     let socket = seqpacket()?;
+    // Before it is bound, so that it never has another.
+    fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR)?;
     bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
     listen(&socket, Backlog::new(16)?)?;
     Ok(socket)

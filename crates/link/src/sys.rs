@@ -63,3 +63,42 @@ pub fn receive_with(
     }
     Ok((message.bytes, received.pop()))
 }
+
+/// As many groups as most processes have; more are asked for if need be.
+const GROUPS: usize = 32;
+
+/// The supplementary groups of who made the other end of a local socket.
+pub fn peer_groups(socket: &impl AsFd) -> io::Result<Vec<u32>> {
+    let fd = socket.as_fd().as_raw_fd();
+    let mut groups = vec![0u32; GROUPS];
+    loop {
+        let room = size_of::<u32>() * groups.len();
+        let mut length = nix::libc::socklen_t::try_from(room)
+            .map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
+        // SAFETY: `groups` has room for `length` bytes of gid_t, which is u32
+        // (asserted below), and both outlive the call. The kernel writes no
+        // more than `length` says and then says how much it wrote, or, with
+        // ERANGE, how much it would have.
+        let asked = unsafe {
+            nix::libc::getsockopt(
+                fd,
+                nix::libc::SOL_SOCKET,
+                nix::libc::SO_PEERGROUPS,
+                groups.as_mut_ptr().cast(),
+                &mut length,
+            )
+        };
+        let there = length as usize / size_of::<u32>();
+        if asked == 0 {
+            groups.truncate(there);
+            return Ok(groups);
+        }
+        let error = io::Error::last_os_error();
+        if error.raw_os_error() != Some(nix::libc::ERANGE) || there <= groups.len() {
+            return Err(error);
+        }
+        groups.resize(there, 0);
+    }
+}
+
+const _: () = assert!(size_of::<nix::libc::gid_t>() == size_of::<u32>());

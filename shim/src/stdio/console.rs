@@ -3,7 +3,10 @@
 
 use std::{
     fs, io,
-    os::fd::{AsFd, AsRawFd, OwnedFd},
+    os::{
+        fd::{AsFd, AsRawFd, OwnedFd},
+        unix::fs::PermissionsExt,
+    },
     path::{Path, PathBuf},
     sync::atomic::{AtomicU32, Ordering},
     time::Duration,
@@ -49,6 +52,8 @@ impl ConsoleSocket {
         let _ = fs::remove_file(&path);
         let listener = UnixListener::bind(&path)
             .map_err(Error::io(format!("listen on the console socket {}", path.display())))?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600))
+            .map_err(Error::io(format!("close the console socket {}", path.display())))?;
         Ok(Self { path, listener })
     }
 

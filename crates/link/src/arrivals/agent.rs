@@ -19,7 +19,7 @@ use tokio::{
 use transship_types::{MigrationId, NodeName, Ticket};
 
 use super::{Answer, TICKET};
-use crate::{Credentials, LinkError, sys};
+use crate::{Credentials, LinkError, local::Peer, sys};
 
 /// For a shim to say its ticket, which it does at once.
 const ASK: Duration = Duration::from_secs(5);
@@ -97,6 +97,12 @@ impl Arrivals {
     }
 
     async fn admit(&self, mut shim: UnixStream) {
+        if let Err(stranger) = Peer::enters(&shim, None) {
+            tracing::warn!(%stranger, "refused at the arrivals socket");
+            let answer = Answer::Refused { reason: "this socket is for root alone".into() };
+            let _ = send(&shim, &answer, None).await;
+            return;
+        }
         let mut said = [0; TICKET];
         let ticket = match time::timeout(ASK, shim.read_exact(&mut said)).await {
             Ok(Ok(_)) => str::from_utf8(&said).ok().and_then(|t| t.parse::<Ticket>().ok()),

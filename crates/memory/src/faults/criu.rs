@@ -19,10 +19,12 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::{
         socket::{
-            AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen as listen_on, socket,
+            AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, getsockopt,
+            listen as listen_on, socket, sockopt::PeerCredentials,
         },
         stat::{Mode, fchmod},
     },
+    unistd::geteuid,
 };
 use transship_types::{PageSet, Space};
 
@@ -69,10 +71,7 @@ fn tasks(
     listener: &UnixListener,
     lazy: &HashMap<u32, PageSet>,
 ) -> io::Result<bool> {
-    if !readable(shared, listener)? {
-        return Ok(false);
-    }
-    let (mut criu, _) = listener.accept()?;
+    let Some(mut criu) = criu(shared, listener)? else { return Ok(false) };
     loop {
         let Some(pid) = number(shared, &mut criu)? else { return Ok(false) };
         if pid == FINISHED {
@@ -88,6 +87,24 @@ fn tasks(
         let pages = lazy.get(&pid).cloned().unwrap_or_default();
         shared.add(Task::restored(id, Space::Process(pid), &pages, Userfaultfd::from(uffd)))?;
     }
+}
+
+/// CRIU's connection. It runs as we do; whoever does not got here by a mode
+/// that somebody has changed, and must not hand us a userfaultfd.
+fn criu(shared: &Shared, listener: &UnixListener) -> io::Result<Option<UnixStream>> {
+    while readable(shared, listener)? {
+        let (stream, _) = listener.accept()?;
+        let peer = getsockopt(&stream, PeerCredentials)?;
+        if may_serve(peer.uid()) {
+            return Ok(Some(stream));
+        }
+        tracing::warn!(pid = peer.pid(), uid = peer.uid(), "refused at the lazy-pages socket");
+    }
+    Ok(None)
+}
+
+fn may_serve(uid: u32) -> bool {
+    uid == 0 || uid == geteuid().as_raw()
 }
 
 fn number(shared: &Shared, criu: &mut UnixStream) -> io::Result<Option<i32>> {

@@ -86,6 +86,17 @@ fn slowly() -> FaultOptions {
     FaultOptions { fill_limit: Some(16 << 20), ..never() }
 }
 
+/// Whoever connects could give itself out for CRIU, and a page for a fault.
+#[test]
+fn its_socket_is_its_owners_alone() {
+    use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+    let dir = tempfile::tempdir().unwrap();
+    let _server = FaultServer::listen(dir.path()).unwrap();
+    let socket = std::fs::metadata(dir.path().join("lazy-pages.socket")).unwrap();
+    assert!(socket.file_type().is_socket());
+    assert_eq!(socket.permissions().mode() & 0o777, 0o600);
+}
+
 #[test]
 fn all_tasks_get_what_is_theirs() {
     const COUNT: u64 = 3000;
