@@ -243,8 +243,10 @@ impl Shim for Control {
         let (settled, answer) = oneshot::channel();
         let gone = || Error::Internal(format!("the departure of {} was lost", request.id));
         proof.send(Proof { runs_there: request.runs_there, settled }).map_err(|_| gone())?;
-        let ending = answer.await.map_err(|_| gone())?.map_err(Error::Internal)?;
+        let settled = answer.await;
+        // Whether or not all went well: there is nothing left to settle.
         self.departures().remove(&request.id);
+        let ending = settled.map_err(|_| gone())?.map_err(Error::Internal)?;
         let mut response = SettleResponse::new();
         response.ending = ending.as_str().into();
         Ok(response)

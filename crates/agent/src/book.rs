@@ -18,6 +18,8 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use transship_api::control::{Progress, Report};
+pub use transship_migration::journal::Role;
+use transship_migration::{decide::Journaled, journal};
 use transship_types::{Code, ContainerKey, MigrationId, NodeName, Refusal};
 
 use crate::failure::{Failure, Step};
@@ -25,22 +27,6 @@ use crate::failure::{Failure, Step};
 /// Ended migrations that are remembered. A peer asks within minutes, people
 /// within days.
 const REMEMBERED: usize = 500;
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Role {
-    Source,
-    Target,
-}
-
-impl Role {
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Role::Source => "source",
-            Role::Target => "target",
-        }
-    }
-}
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -112,13 +98,13 @@ impl Record {
         }
     }
 
-    fn has_ended(&self) -> bool {
+    pub fn has_ended(&self) -> bool {
         !matches!(self.ending, Ending::Running | Ending::InDoubt)
     }
 
     /// That of the shim on this side.
     fn journal(&self, dir: &Path) -> PathBuf {
-        dir.join(format!("{}.{}", self.migration, self.role.as_str()))
+        journal::path(dir, &self.migration, self.role)
     }
 }
 
@@ -127,6 +113,13 @@ impl Record {
 pub enum End {
     Moved(Box<Report>),
     Failed { refusals: Vec<Refusal>, ending: Ending, outcome: String },
+}
+
+impl End {
+    /// Nobody watched it who would need more.
+    pub fn of(ending: Ending, Failure(refusals): Failure) -> Self {
+        End::Failed { refusals, ending, outcome: String::new() }
+    }
 }
 
 /// What a watcher of a running migration sees.
@@ -243,6 +236,11 @@ impl Book {
 
     pub fn record(&self, migration: &MigrationId) -> Option<Record> {
         self.inner().records.get(migration).cloned()
+    }
+
+    /// What the shim of this side has written down last.
+    pub fn journaled(&self, migration: &MigrationId, role: Role) -> Journaled {
+        journal::last(&self.journals, migration, role)
     }
 
     /// Oldest first.

@@ -106,15 +106,15 @@ pub async fn open(node: Arc<Node>) -> Result<Serving, ServeError> {
     let mut control = Server::new()
         .add_listener(admitted)
         .register_service(create_agent(Arc::new(Control(node.clone()))));
-    control.start().await.map_err(ServeError::Control)?;
     let mut refusing = Server::new()
         .add_listener(refused)
         .register_service(create_agent(Arc::new(Refused { group: named })));
-    refusing.start().await.map_err(ServeError::Control)?;
 
     // What a former run left open, before new work can meet it.
-    target::take_up(&node);
+    target::take_up(&node).await;
     source::resume(&node).await;
+    control.start().await.map_err(ServeError::Control)?;
+    refusing.start().await.map_err(ServeError::Control)?;
     node.tasks.spawn(listener::serve(node.clone(), listener));
     node.tasks.spawn(remind(node.clone()));
     tracing::info!(node = %node.name(), %address, "transshipd serves");

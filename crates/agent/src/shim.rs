@@ -14,6 +14,7 @@ use transship_api::{
     },
     control_ttrpc::ShimClient,
 };
+use transship_migration::decide::Told;
 use transship_types::{Code, ContainerKey, MigrationId, paths};
 use ttrpc::{
     asynchronous::{Client, ClientStreamReceiver},
@@ -91,6 +92,19 @@ pub enum ShimError {
 }
 
 impl ShimError {
+    /// What a settlement has come to that ended with this.
+    pub fn told(&self) -> Told {
+        match self {
+            ShimError::Unreachable { .. } => Told::Gone,
+            ShimError::Failed { source: ttrpc::Error::RpcStatus(status), .. }
+                if status.code() == ttrpc::Code::NOT_FOUND =>
+            {
+                Told::NotUnderWay
+            }
+            ShimError::Failed { .. } => Told::Unclear,
+        }
+    }
+
     pub fn code(&self) -> Code {
         match self {
             ShimError::Unreachable { .. } => Code::ForeignRuntime,

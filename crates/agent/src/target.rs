@@ -27,6 +27,7 @@ use transship_api::session::{
     Arrived, Discarded, Offer, Prepare, Progress, Ready, Verdict, agent_message::Message,
 };
 use transship_link::{Channel, arrivals::Registration};
+use transship_migration::decide::Became;
 use transship_types::{Code, NodeName, Ticket};
 use transship_wire::WireError;
 
@@ -322,18 +323,33 @@ impl Target {
         // The daemon may have lost the answer, or itself, and not the
         // container: its shim goes on without it.
         tracing::warn!(%error, "Start failed");
-        let runs = tokio::select! {
-            runs = unfinished::decided(&self.node, &self.offer.key) => runs,
+        let became = tokio::select! {
+            became = unfinished::decided(
+                &self.node,
+                &self.offer.key,
+                Some(self.entry.migration()),
+                true,
+            ) => became,
             () = self.node.shutdown.cancelled() => {
                 tracing::warn!("left to the next run of transshipd");
                 return;
             }
         };
-        match self.task().await {
-            Ok(Some(state)) if runs => self.arrived(arriving, state.0, Some(state)).await,
-            _ => {
+        match became {
+            Became::Arrived => {
+                // Gone since: it has run here to its end.
+                let state = self.task().await.ok().flatten().unwrap_or((0, TaskStatus::Stopped));
+                self.arrived(arriving, state.0, Some(state)).await;
+            }
+            Became::Never | Became::Open => {
                 let undone = arriving.undo().await;
                 self.ended(undone, Stop::Failed(error.into())).await;
+            }
+            Became::Unknowable => {
+                let why = unfinished::UNKNOWABLE;
+                let failure = Failure::new(Code::Internal, why, "`transship resolve` decides");
+                let end = End::of(Ending::InDoubt, failure);
+                self.entry.end(Ending::InDoubt, why, end).await;
             }
         }
     }
@@ -385,11 +401,10 @@ impl Target {
         }
         tracing::info!(why = why.sentence(), "discarded");
         let Target { node, entry, mut channel, .. } = self;
-        let end = End::Failed { refusals: why.0.clone(), ending, outcome: String::new() };
-        entry.end(ending, &why.sentence(), end).await;
+        entry.end(ending, &why.sentence(), End::of(ending, why.clone())).await;
         if ending != Ending::Discarded {
             // The source goes on asking; this finds an answer for it.
-            take_up(&node);
+            take_up(&node).await;
             return;
         }
         let answer = match stop {

@@ -12,7 +12,7 @@
 //! A [`Frozen`] container is promised to nobody: it can only be thawed or
 //! promised. A [`Promised`] one cannot be thawed any more by this side alone.
 
-use crate::{MigrationError, Source, journal::Committed};
+use crate::{MigrationError, Source, decide, journal::Committed};
 
 /// Stopped, promised to nobody. Whoever holds it must call [`Frozen::stay_home`]
 /// or [`Frozen::promise`]; a process that dies instead has the effect of the
@@ -93,10 +93,12 @@ impl<'a, S: Source> Promised<'a, S> {
     /// The answer decides the ending; the result says whether what follows
     /// from it here went well.
     pub async fn settle(self, answer: Answer) -> (Ending, Result<(), MigrationError>) {
-        match answer {
-            Answer::Accepted => (Ending::Departed, self.0.leave().await),
-            Answer::Refused => (Ending::StayedHome, self.0.thaw().await),
-            Answer::Silence => (Ending::InDoubt, Ok(())),
-        }
+        let ending = decide::after_answer(&answer);
+        let done = match ending {
+            Ending::Departed => self.0.leave().await,
+            Ending::StayedHome => self.0.thaw().await,
+            Ending::InDoubt => Ok(()),
+        };
+        (ending, done)
     }
 }

@@ -13,9 +13,10 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
+use tracing::warn;
 use transship_types::{Epoch, MigrationId, NodeName, Ticket};
 
-use crate::MigrationError;
+use crate::{MigrationError, decide::Journaled, error::chain};
 
 /// The format's version, in every record.
 const VERSION: u32 = 1;
@@ -28,8 +29,17 @@ pub enum Role {
     Target,
 }
 
+impl Role {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Role::Source => "source",
+            Role::Target => "target",
+        }
+    }
+}
+
 /// What was decided.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum State {
     /// Something is under way; nothing is decided.
@@ -38,8 +48,10 @@ pub enum State {
     Prepared,
     /// Source: it will not run here unless the target refuses.
     Committed,
-    /// Target: it runs here.
+    /// Target: it runs here, or is about to.
     Running,
+    /// Target: it has run here.
+    Released,
     /// Source: it runs there.
     Departed,
     /// It runs at the source; the target has nothing.
@@ -82,11 +94,7 @@ pub struct Committed(());
 impl Journal {
     /// Creates the journal with its first record, [`State::Offered`].
     pub fn create(directory: &Path, subject: Subject) -> Result<Self, MigrationError> {
-        let role = match subject.role {
-            Role::Source => "source",
-            Role::Target => "target",
-        };
-        let path = directory.join(format!("{}.{role}", subject.migration));
+        let path = path(directory, &subject.migration, subject.role);
         let file = open_new(directory, &path)
             .map_err(|source| MigrationError::Journal { path: path.clone(), source })?;
         let mut journal = Self { path, file, subject };
@@ -124,6 +132,30 @@ pub fn read(path: &Path) -> Result<Vec<Record>, MigrationError> {
     let damaged = |source| MigrationError::Journal { path: path.into(), source };
     let text = fs::read(path).map_err(damaged)?;
     parse(&text).map_err(damaged)
+}
+
+/// What the shim of this end has decided last, as far as its journal tells.
+pub fn last(directory: &Path, migration: &MigrationId, role: Role) -> Journaled {
+    let path = path(directory, migration, role);
+    match read(&path) {
+        Ok(records) => match records.last() {
+            Some(record) => Journaled::Last(record.state),
+            // Torn in its first record: nothing had been begun.
+            None => Journaled::Absent,
+        },
+        Err(MigrationError::Journal { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+            Journaled::Absent
+        }
+        Err(error) => {
+            warn!(error = chain(&error), "a journal tells nothing");
+            Journaled::Damaged
+        }
+    }
+}
+
+/// Where the journal of one end is.
+pub fn path(directory: &Path, migration: &MigrationId, role: Role) -> PathBuf {
+    directory.join(format!("{migration}.{}", role.as_str()))
 }
 
 fn open_new(directory: &Path, path: &Path) -> io::Result<File> {

@@ -24,7 +24,7 @@
 //!                     ◀───────────────────   Prepared
 //!   journal: committed
 //!   Commit            ───────────────────▶   journal: running; releases
-//!                     ◀───────────────────   Running
+//!                     ◀───────────────────   Running; journal: released
 //!   journal: departed
 //!   ends its tasks    ◀───────────────────   Filled: every page is in its place
 //! ```
@@ -32,12 +32,14 @@
 //! When the rounds end is [`policy`]; what they cost is [`report`].
 //!
 //! Who may run the container when is `docs/handoff.md`; [`handoff`] makes the
-//! wrong order a compile error.
+//! wrong order a compile error, and [`decide`] is what both sides' shims and
+//! agents conclude from what they know.
 #![forbid(unsafe_code)]
 
 #[cfg(test)]
 mod both_ends;
 mod bulk;
+pub mod decide;
 mod error;
 #[cfg(any(test, feature = "fake"))]
 pub mod fake;

@@ -22,10 +22,9 @@ use transship_types::{Code, Refusal};
 use self::run::Run;
 
 use crate::{
-    DepartError, Journal, Manifest, MigrationError, Options, Phase, Stopwatch,
+    DepartError, Journal, Manifest, MigrationError, Options, Phase, Stopwatch, decide,
     error::chain,
     handoff::{Answer, Ending, Frozen, Promised},
-    journal::State,
     limits, report,
 };
 
@@ -183,11 +182,7 @@ pub async fn settle<S: Source>(
 /// Writes down how it ended. The ending itself is certain: a record that
 /// could not be written is only asked about once more after a restart.
 fn record(mut journal: Journal, ending: Ending) {
-    let state = match ending {
-        Ending::Departed => State::Departed,
-        Ending::StayedHome => State::Aborted,
-        Ending::InDoubt => return,
-    };
+    let Some(state) = decide::recorded(ending) else { return };
     if let Err(error) = journal.record(state).and_then(|()| journal.settle()) {
         warn!(error = chain(&error), "the ending was not recorded");
     }

@@ -19,12 +19,13 @@ use tracing::{debug, error, info, warn};
 use transship_api::session::{Filled, Prepared, Refused, Running, Waiting, shim_message::Message};
 use transship_link::Channel;
 use transship_memory::{MemoryError, Store};
-use transship_types::{Code, PageRange, PageSet, Refusal, Space, Ticket, quantity::micros};
+use transship_types::{Code, Epoch, PageRange, PageSet, Refusal, Space, Ticket, quantity::micros};
 
 use self::landing::Landing;
 use crate::{
     Journal, Manifest, MigrationError,
     bulk::{hear, say, sync},
+    decide::{self, Word},
     error::chain,
     journal::State,
     limits,
@@ -141,6 +142,11 @@ pub async fn arrive<T: Target>(
                 if let Err(error) = say(&mut channel.writer, Message::Running(running)).await {
                     warn!(error = chain(&error), "the source could not be told");
                 }
+                // Nobody waits for it. It tells one that ran from one that was
+                // about to, should this machine die before the agent knows.
+                if let Err(error) = journal.record(State::Released) {
+                    warn!(error = chain(&error), "that it runs was not recorded");
+                }
                 info!(pid, "arrived");
                 let rest = rest(channel, target.filled()).boxed();
                 return Ok(Arrived { pid, rest });
@@ -199,10 +205,14 @@ async fn until_commit<T: Target>(
     let prepared =
         Prepared { restore_us: micros(took), criu_pages: restored.criu_pages, lazy: restored.lazy };
     say(&mut channel.writer, Message::Prepared(prepared)).await?;
-    match hear_source(channel).await? {
-        Message::Commit(commit) if commit.epoch == manifest.epoch => Ok(()),
-        _ => Err(MigrationError::malformed("no commit after prepared")),
+    let word = match hear_source(channel).await? {
+        Message::Commit(commit) => Word::Commit(Epoch(commit.epoch)),
+        _ => Word::Other,
+    };
+    if !decide::may_run(Epoch(manifest.epoch), word) {
+        return Err(MigrationError::malformed("no commit after prepared"));
     }
+    Ok(())
 }
 
 async fn hear_source(channel: &mut Channel) -> Result<Message, MigrationError> {
@@ -255,9 +265,12 @@ async fn refuse<T: Target>(
     journal: Option<Journal>,
     reason: &MigrationError,
 ) {
-    if let Err(error) = target.discard().await {
+    let discarded = target.discard().await;
+    if let Err(error) = &discarded {
+        error!(error = chain(error), "what had arrived could not be discarded");
+    }
+    if !decide::may_refuse(discarded.is_ok()) {
         // Not proved gone: silence, so that the source stays in doubt.
-        error!(error = chain(&error), "what had arrived could not be discarded");
         return;
     }
     if let Some(mut journal) = journal

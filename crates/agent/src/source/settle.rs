@@ -10,7 +10,8 @@ use transship_api::{
     session::{Arrived, Inquiry, agent_message::Message},
 };
 use transship_link::{Channel, connect_agent};
-use transship_types::Code;
+use transship_migration::decide::{self, Journaled, Resume, Standing, Told};
+use transship_types::{Code, NodeName};
 
 use super::{ARRIVED, Left, Source};
 use crate::{
@@ -22,15 +23,33 @@ use crate::{
 };
 
 /// Between two questions: short for a person who waits, long for a network.
-const AGAIN: Duration = Duration::from_secs(2);
-/// How often a shim is told before it is left alone.
-const TELL: u32 = 3;
+const AGAIN: Duration = Duration::from_millis(if cfg!(test) { 50 } else { 2000 });
 const ANSWER: Duration = Duration::from_secs(10);
 
 /// What became of the container, from the target's mouth.
 pub(super) enum Proof {
     Runs(Arrived),
     Never(Failure),
+}
+
+impl Proof {
+    fn told_by(target: &NodeName, proof: decide::Proof) -> Self {
+        match proof {
+            decide::Proof::RunsThere => Proof::Runs(Arrived { pid: 0, state: "RUNNING".into() }),
+            decide::Proof::NeverThere => Proof::Never(Failure::new(
+                Code::Link,
+                format!("the link to {target} broke, and {target} has discarded the container"),
+                "see the network, then try again",
+            )),
+        }
+    }
+
+    fn says(&self) -> decide::Proof {
+        match self {
+            Proof::Runs(_) => decide::Proof::RunsThere,
+            Proof::Never(_) => decide::Proof::NeverThere,
+        }
+    }
 }
 
 /// Takes up what a former run of this agent left open. A departure that may
@@ -52,10 +71,13 @@ pub async fn resume(node: &Arc<Node>) {
         let source = Source { node: node.clone(), entry, key, to, keep, tuning, phases: vec![] };
         let error = "transshipd was restarted during the migration";
         let work = async move {
-            if departing {
-                source.settle(None, error.into(), None).await;
-            } else {
-                source.stayed_home(Failure::cancelled(error), Left::Unconfirmed).await;
+            let journaled = source.journaled();
+            let shim_lives = !departing || source.shim_lives().await;
+            match decide::after_restart(departing, shim_lives, journaled) {
+                Resume::Ask => source.settle(None, error.into(), None).await,
+                Resume::StayedHome => {
+                    source.stayed_home(Failure::cancelled(error), Left::Unconfirmed).await;
+                }
             }
         };
         node.tasks.spawn(work.instrument(span));
@@ -63,6 +85,15 @@ pub async fn resume(node: &Arc<Node>) {
 }
 
 impl Source {
+    fn journaled(&self) -> Journaled {
+        self.node.book.journaled(self.entry.migration(), Role::Source)
+    }
+
+    /// Only a socket that nobody answers says that it does not.
+    async fn shim_lives(&self) -> bool {
+        !matches!(self.node.shims.inspect(&self.key).await, Err(ShimError::Unreachable { .. }))
+    }
+
     pub(super) async fn settle(
         mut self,
         channel: Option<Channel>,
@@ -83,8 +114,10 @@ impl Source {
             },
         };
         self.took("in doubt", clock);
-        let runs_there = matches!(proof, Proof::Runs(_));
-        self.tell_shim(runs_there).await;
+        tokio::select! {
+            () = self.tell_shim(proof.says()) => {}
+            () = self.node.shutdown.cancelled() => return,
+        }
         match proof {
             Proof::Runs(arrived) => {
                 let report = self.bare_report(&arrived);
@@ -94,21 +127,29 @@ impl Source {
         }
     }
 
-    /// The shim may need a moment before it takes the proof it asked for; one
-    /// that is gone has nothing left to settle.
-    async fn tell_shim(&self, runs_there: bool) {
-        for _ in 0..TELL {
+    /// Until it has an answer: a shim in doubt learns of the proof from nobody
+    /// else. It may not wait for one yet.
+    async fn tell_shim(&self, proof: decide::Proof) {
+        let runs_there = proof == decide::Proof::RunsThere;
+        let mut last = String::new();
+        loop {
             let shims = &self.node.shims;
-            match shims.settle(&self.key, self.entry.migration(), runs_there).await {
+            let told = match shims.settle(&self.key, self.entry.migration(), runs_there).await {
                 Ok(ending) => {
                     tracing::info!(ending, "settled");
-                    return;
+                    Told::Settled
                 }
-                Err(error @ ShimError::Unreachable { .. }) => {
-                    tracing::warn!(error = chain(&error), "the shim is gone");
-                    return;
+                Err(error) => {
+                    let text = chain(&error);
+                    if text != last {
+                        tracing::warn!(error = text, "the shim did not settle");
+                        last = text;
+                    }
+                    error.told()
                 }
-                Err(error) => tracing::warn!(error = chain(&error), "the shim did not settle"),
+            };
+            if !decide::tell_again(told) {
+                return;
             }
             time::sleep(AGAIN).await;
         }
@@ -172,16 +213,10 @@ impl Source {
         let channel = connect_agent(&trust, address, name).await?;
         let inquiry = Inquiry { migration: self.entry.migration().to_string() };
         match talk::ask(channel, Message::Inquiry(inquiry), ANSWER).await? {
-            Message::Standing(standing) => Ok(match standing.state.as_str() {
-                "arrived" => Some(Proof::Runs(Arrived { pid: 0, state: "RUNNING".into() })),
-                "discarded" => Some(Proof::Never(Failure::new(
-                    Code::Link,
-                    format!("the link to {name} broke, and {name} has discarded the container"),
-                    "see the network, then try again",
-                ))),
-                // "undecided"; "unknown" proves nothing.
-                _ => None,
-            }),
+            Message::Standing(standing) => {
+                let proof = decide::on_standing(Standing::of(&standing.state));
+                Ok(proof.map(|proof| Proof::told_by(name, proof)))
+            }
             other => Err(talk::out_of_place(name, &other)),
         }
     }

@@ -8,6 +8,7 @@ use transship_api::session::{
     Consider, LinkProbed, Offer, ProbeResult, Standing, Verdict, agent_message::Message,
 };
 use transship_link::Channel;
+use transship_migration::decide::{self, Kept};
 use transship_types::{Code, NodeName, Refusal};
 
 use crate::{
@@ -30,15 +31,13 @@ pub async fn probe(node: &Node) -> Message {
 /// Only the node that a migration came from learns of it.
 pub fn standing(node: &Node, peer: &NodeName, migration: &str) -> Message {
     let record = migration.parse().ok().and_then(|m| node.book.record(&m));
-    let state = match record.filter(|r| r.role == Role::Target && r.peer == *peer) {
-        Some(record) => match record.ending {
-            Ending::Arrived => "arrived",
-            Ending::Discarded => "discarded",
-            _ => "undecided",
-        },
-        None => "unknown",
-    };
-    Message::Standing(Standing { state: state.into() })
+    let record = record.filter(|r| r.role == Role::Target && r.peer == *peer);
+    let standing = decide::standing(record.map(|record| match record.ending {
+        Ending::Arrived => Kept::Arrived,
+        Ending::Discarded => Kept::Discarded,
+        _ => Kept::Open,
+    }));
+    Message::Standing(Standing { state: standing.as_str().into() })
 }
 
 /// The verdict that this offer would meet now, without a ticket.

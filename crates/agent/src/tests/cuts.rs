@@ -1,7 +1,18 @@
 //! The link is cut, or an agent ends, in every phase: one container remains.
 
+use std::path::Path;
+
+use transship_migration::{
+    Journal,
+    journal::{self, State, Subject},
+};
+use transship_types::{Epoch, MigrationId, Ticket};
+
 use super::world::{Side, World, end, ending, eventually};
-use crate::{book::Ending, daemon::TaskStatus};
+use crate::{
+    book::{Book, Ending, Record, Role},
+    daemon::TaskStatus,
+};
 
 /// Points before the commit, and the side that is held there.
 const BEFORE: [(&str, char); 7] = [
@@ -79,6 +90,100 @@ async fn a_doubt_survives_a_restart_of_the_source() {
     assert!(world.a.fake.state().containers.is_empty());
 }
 
+/// A shim that hangs when the proof comes is told until it has taken it.
+#[tokio::test]
+async fn a_shim_is_told_of_the_proof_until_it_hears() {
+    let world = World::new().await;
+    world.a.fake.state().deaf = 20;
+    world.b.fake.hold("running");
+    let live = world.begin().await.unwrap();
+    world.b.fake.until("running").await;
+    world.cable.cut();
+    world.b.fake.release("running");
+    let (ending, _, outcome) = ending(&end(&live).await);
+    assert_eq!((ending, world.runs_on()), (Ending::Departed, "b"), "{outcome}");
+    assert_eq!(world.a.fake.state().deaf, 0);
+}
+
+/// Where a crash of the target's agent may leave its records, and what the
+/// next run makes of them.
+#[tokio::test]
+async fn an_open_record_is_settled_by_what_is_left() {
+    use State::{Prepared, Released, Running};
+    use TaskStatus as T;
+    let cases = [
+        // Kept or undone, but not written down.
+        (Some(T::Running), false, Some(Running), Ending::Arrived),
+        (None, false, None, Ending::Discarded),
+        (None, false, Some(Prepared), Ending::Discarded),
+        // Somebody else's, of the same name.
+        (Some(T::Running), false, Some(Prepared), Ending::Discarded),
+        // The machine was restarted.
+        (None, true, Some(Running), Ending::Discarded),
+        (None, true, Some(Released), Ending::Arrived),
+    ];
+    let world = World::new().await;
+    for (n, (task, leased, written, expected)) in cases.into_iter().enumerate() {
+        let (case, name) = (format!("{task:?} {leased} {written:?}"), format!("c{n}"));
+        let fake = super::fake::Fake::new(world.dir.path().join(&name).join("run/arrivals.sock"));
+        if let Some(status) = task {
+            fake.run(&world.key, "x", "{}");
+            fake.set_status(&world.key, status);
+        }
+        if leased {
+            fake.state().leases.insert(world.key.clone());
+        }
+        let state = world.dir.path().join(&name).join("state");
+        let migration = left_open(&state, &world, written).await;
+        let side = Side::over(&world.dir, &name, fake, |_| {}).await;
+        eventually(&case, || side.node.book.record(&migration).unwrap().has_ended()).await;
+        assert_eq!(side.node.book.record(&migration).unwrap().ending, expected, "{case}");
+        assert!(side.fake.state().leases.is_empty(), "{case}");
+        assert_eq!(side.fake.status(&world.key), task, "{case}: it was not touched");
+    }
+}
+
+/// The container is gone, and nobody can tell whether it has run: no answer.
+#[tokio::test]
+async fn a_damaged_journal_is_not_guessed() {
+    let world = World::new().await;
+    let state = world.dir.path().join("c/state");
+    let migration = left_open(&state, &world, Some(State::Released)).await;
+    let path = journal::path(&state.join("journal"), &migration, Role::Target);
+    let mut bytes = std::fs::read(&path).unwrap();
+    bytes[20] ^= 1;
+    std::fs::write(&path, bytes).unwrap();
+    let fake = super::fake::Fake::new(world.dir.path().join("c/run/arrivals.sock"));
+    fake.state().leases.insert(world.key.clone());
+    let side = Side::over(&world.dir, "c", fake, |_| {}).await;
+    let doubt = || side.node.book.record(&migration).unwrap().ending == Ending::InDoubt;
+    eventually("it says so", doubt).await;
+    assert!(path.exists(), "what is left is evidence");
+}
+
+/// An arrival in the book of a node whose agent is not there, and what its
+/// shim has written last.
+async fn left_open(state: &Path, world: &World, written: Option<State>) -> MigrationId {
+    let migration = MigrationId::from_random([3; 16]);
+    let (key, peer) = (world.key.clone(), "a".parse().unwrap());
+    let record = Record::new(migration.clone(), key.clone(), Role::Target, peer);
+    let book = Book::open(&state.join("migrations")).unwrap();
+    drop(book.begin(record).await.unwrap());
+    let Some(written) = written else { return migration };
+    let subject = Subject {
+        role: Role::Target,
+        migration: migration.clone(),
+        ticket: Ticket::from_random([4; 16]),
+        namespace: key.namespace().into(),
+        container: key.id().into(),
+        peer: "a".parse().unwrap(),
+        epoch: Epoch(1),
+    };
+    let mut journal = Journal::create(&state.join("journal"), subject).unwrap();
+    journal.record(written).unwrap();
+    migration
+}
+
 /// The target's agent ends in the middle. What it leaves is taken up.
 #[tokio::test]
 async fn an_unfinished_arrival_is_taken_up() {
@@ -104,7 +209,7 @@ async fn an_arrival_under_way_is_not_unfinished() {
     let live = world.begin().await.unwrap();
     world.b.fake.until("create").await;
     assert!(!world.b.fake.state().leases.is_empty());
-    assert_eq!(crate::target::take_up(&world.b.node).await.unwrap(), 0);
+    assert_eq!(crate::target::take_up(&world.b.node).await.await.unwrap(), 0);
     world.b.fake.release("create");
     assert_eq!(ending(&end(&live).await).0, Ending::Departed);
 }

@@ -49,6 +49,8 @@ pub struct State {
     /// What the next call of this name answers instead.
     pub fail: HashMap<&'static str, &'static str>,
     pub disk_free: u64,
+    /// A shim that is told of proof does not answer so many times.
+    pub deaf: u32,
 }
 
 fn silent() -> DaemonError {
@@ -451,6 +453,14 @@ impl Shims for FakeShims {
         _: &MigrationId,
         runs_there: bool,
     ) -> Result<String, ShimError> {
+        let hears = {
+            let deaf = &mut self.0.state().deaf;
+            std::mem::replace(deaf, deaf.saturating_sub(1)) == 0
+        };
+        if !hears {
+            let source = ttrpc::Error::Others("it hangs".into());
+            return Err(ShimError::Failed { key: key.clone(), doing: "settle", source });
+        }
         let status = if runs_there { TaskStatus::Stopped } else { TaskStatus::Running };
         self.0.set_status(key, status);
         Ok(if runs_there { "departed" } else { "stayed-home" }.into())
