@@ -1,6 +1,12 @@
 //! The node's one TCP port: who comes in, and where it goes.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    io,
+    net::IpAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
 use tokio::{
     net::{TcpListener, TcpStream},
@@ -16,9 +22,13 @@ use crate::{failure::chain, node::Node, target};
 const PAUSE: Duration = Duration::from_millis(200);
 
 /// Accepts until the shutdown. Connections beyond the limit wait in the
-/// kernel's queue; each one that is taken must identify itself in time.
+/// kernel's queue; each one that is taken must identify itself in time. One
+/// address holds no more than half of them, whether it is a node or a stranger
+/// that says nothing: then nobody keeps the others out alone.
 pub async fn serve(node: Arc<Node>, listener: TcpListener) {
-    let room = Arc::new(Semaphore::new(node.config.limits.connections));
+    let most = node.config.limits.connections;
+    let (room, crowd) = (Arc::new(Semaphore::new(most)), Crowd::default());
+    let share = most.div_ceil(2);
     loop {
         let permit = tokio::select! {
             permit = room.clone().acquire_owned() => permit,
@@ -30,8 +40,55 @@ pub async fn serve(node: Arc<Node>, listener: TcpListener) {
             () = node.shutdown.cancelled() => return,
         };
         match accepted {
-            Ok((stream, _)) => drop(node.tasks.spawn(admit(node.clone(), stream, permit))),
+            Ok((stream, address)) => match crowd.enter(address.ip(), share) {
+                Some(place) => {
+                    let (node, held) = (node.clone(), (permit, place));
+                    drop(node.tasks.clone().spawn(admit(node, stream, held)));
+                }
+                // Closed without a word: a word would have to be waited for.
+                None => tracing::debug!(%address, share, "it has its share of connections"),
+            },
             Err(error) => refused(&error).await,
+        }
+    }
+}
+
+/// Who holds how many connections.
+#[derive(Clone, Default)]
+struct Crowd(Arc<Mutex<HashMap<IpAddr, usize>>>);
+
+impl Crowd {
+    /// `None`: this address holds `most` already.
+    fn enter(&self, address: IpAddr, most: usize) -> Option<Place> {
+        let mut held = self.held();
+        let count = held.entry(address).or_default();
+        if *count >= most {
+            return None;
+        }
+        *count += 1;
+        Some(Place { crowd: self.clone(), address })
+    }
+
+    fn held(&self) -> MutexGuard<'_, HashMap<IpAddr, usize>> {
+        // Every change under this lock is a number.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One connection's place; dropped with it.
+struct Place {
+    crowd: Crowd,
+    address: IpAddr,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut held = self.crowd.held();
+        if let Some(count) = held.get_mut(&self.address) {
+            *count -= 1;
+            if *count == 0 {
+                held.remove(&self.address);
+            }
         }
     }
 }
@@ -41,7 +98,7 @@ async fn refused(error: &io::Error) {
     time::sleep(PAUSE).await;
 }
 
-async fn admit(node: Arc<Node>, stream: TcpStream, permit: OwnedSemaphorePermit) {
+async fn admit(node: Arc<Node>, stream: TcpStream, held: (OwnedSemaphorePermit, Place)) {
     let peer = stream.peer_addr().map_or_else(|_| "unknown".into(), |a| a.to_string());
     let done = match route(&stream, node.name()).await {
         Ok(Route::Agent) => match accept(&node.trust(), stream).await {
@@ -57,7 +114,7 @@ async fn admit(node: Arc<Node>, stream: TcpStream, permit: OwnedSemaphorePermit)
             Err(error)
         }
     };
-    drop(permit);
+    drop(held);
     if let Err(error) = done {
         // Whoever scans the network gets here: no more than a line.
         tracing::info!(peer, error = chain(&error), "a connection was refused");

@@ -6,6 +6,7 @@ mod cancels;
 mod cuts;
 mod doors;
 mod fake;
+mod hostile;
 mod moves;
 mod plans;
 mod refuses;

@@ -1,6 +1,6 @@
 //! Connections as both ends make them: TCP, TLS, hello.
 
-use std::{future::Future, io, time::Duration};
+use std::{future::Future, io};
 
 use rustls_pki_types::ServerName;
 use tokio::{
@@ -11,22 +11,17 @@ use tokio::{
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 use transship_api::session::Hello;
 use transship_types::{NodeName, PROTOCOL, Ticket};
+use transship_wire::MAX_CONTROL;
 
-use crate::{Channel, LinkError, Trust, sys, trust};
-
-/// For a TCP connection: three SYNs (1 s, 3 s) and a little.
-const CONNECT: Duration = Duration::from_secs(5);
-
-/// For TLS and hello together. Two round trips; the rest is for a machine
-/// that is short of CPU.
-const HANDSHAKE: Duration = Duration::from_secs(10);
+use crate::{
+    Channel, LinkError, Trust,
+    limits::{CONNECT, HANDSHAKE, HELLO, LINGER},
+    sys, trust,
+};
 
 /// Read from a socket at once. TLS asks for 4 KiB at a time, which would be a
 /// system call for each page of a container's memory.
 const READ: usize = 128 << 10;
-
-/// How long a refused peer gets to read why.
-const LINGER: Duration = Duration::from_secs(1);
 
 /// A session with the agent of `node`, which must be found at `address`.
 pub async fn connect_agent(
@@ -138,16 +133,25 @@ async fn greet(trust: &Trust, mut channel: Channel) -> Result<Channel, LinkError
     // A server that refuses our certificate may have closed already; what it
     // had to say about it comes with the read, and is the better error.
     let sent = channel.writer.control(&ours).await;
+    channel.reader.set_control_limit(HELLO);
     let theirs: Hello = channel.reader.control().await.map_err(broken)?;
     sent.map_err(broken)?;
+    agree(&theirs, &channel.peer)?;
+    channel.reader.set_control_limit(MAX_CONTROL);
+    Ok(channel)
+}
+
+/// What a peer says of itself, against what it has proved.
+pub(crate) fn agree(theirs: &Hello, proved: &NodeName) -> Result<(), LinkError> {
+    let peer = proved.to_string();
     if theirs.protocol != PROTOCOL {
         return Err(LinkError::Version { peer, theirs: theirs.protocol, ours: PROTOCOL });
     }
-    if theirs.node != channel.peer.as_str() {
+    if theirs.node != proved.as_str() {
         let said: String = theirs.node.chars().take(63).collect();
         return Err(LinkError::Name { why: format!("does not name {said:?}, as it says"), peer });
     }
-    Ok(channel)
+    Ok(())
 }
 
 /// A fatal `unrecognized_name` alert in a TLS record (RFC 8446, 6 and 5.1).

@@ -18,6 +18,7 @@ mod connect;
 mod credentials;
 mod error;
 pub mod in_memory;
+mod limits;
 pub mod local;
 mod route;
 mod sys;

@@ -1,7 +1,7 @@
 //! Whom an accepted connection is for, told from the first message of TLS
 //! without taking it off the socket.
 
-use std::{io, time::Duration};
+use std::io;
 
 use nix::sys::socket::{MsgFlags, recv};
 use rustls::server::Acceptor;
@@ -9,15 +9,10 @@ use std::os::fd::AsRawFd;
 use tokio::{io::Interest, net::TcpStream, time};
 use transship_types::{NodeName, Ticket};
 
-use crate::LinkError;
-
-/// For a whole ClientHello, which a peer sends at once.
-const DEADLINE: Duration = Duration::from_secs(5);
-
-/// Ours have 300 bytes, the largest in use (post-quantum key shares) under
-/// two kilobytes. Also within a socket's smallest receive buffer, so that a
-/// hello that fits here can always be peeked whole.
-const HELLO_MAX: usize = 4096;
+use crate::{
+    LinkError,
+    limits::{CLIENT_HELLO, FIRST},
+};
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Route {
@@ -31,17 +26,17 @@ pub enum Route {
 /// socket does the handshake from its first byte.
 pub async fn route(stream: &TcpStream, here: &NodeName) -> Result<Route, LinkError> {
     let peer = stream.peer_addr().map_or_else(|_| "a peer".into(), |a| a.to_string());
-    match time::timeout(DEADLINE, server_name(stream, &peer)).await {
+    match time::timeout(FIRST, server_name(stream, &peer)).await {
         Ok(name) => parse(&name?, here)
             .ok_or(LinkError::NotANode { peer, why: "it asks for a name not served here".into() }),
         Err(_) => Err(LinkError::Timeout {
             what: format!("the first message of {peer}"),
-            seconds: DEADLINE.as_secs(),
+            seconds: FIRST.as_secs(),
         }),
     }
 }
 
-fn parse(name: &str, here: &NodeName) -> Option<Route> {
+pub(crate) fn parse(name: &str, here: &NodeName) -> Option<Route> {
     let agent = here.agent_dns();
     if name == agent {
         return Some(Route::Agent);
@@ -53,7 +48,7 @@ fn parse(name: &str, here: &NodeName) -> Option<Route> {
 async fn server_name(stream: &TcpStream, peer: &str) -> Result<String, LinkError> {
     let not_a_node = |why: &str| LinkError::NotANode { peer: peer.into(), why: why.into() };
     let broken = |source| LinkError::Socket { what: format!("reading from {peer}"), source };
-    let mut seen = [0; HELLO_MAX];
+    let mut seen = [0; CLIENT_HELLO];
     loop {
         let ready = stream.ready(Interest::READABLE).await.map_err(broken)?;
         // Inside `try_io`, so that "not complete yet" clears the readiness as
@@ -64,7 +59,7 @@ async fn server_name(stream: &TcpStream, peer: &str) -> Result<String, LinkError
             let n = recv(stream.as_raw_fd(), &mut seen, MsgFlags::MSG_PEEK)?;
             outcome = hello_name(&seen[..n]);
             match outcome {
-                Ok(None) if n < HELLO_MAX => Err(io::ErrorKind::WouldBlock.into()),
+                Ok(None) if n < CLIENT_HELLO => Err(io::ErrorKind::WouldBlock.into()),
                 Ok(None) => {
                     outcome = Err("its first message is too long".into());
                     Ok(())
@@ -86,7 +81,7 @@ async fn server_name(stream: &TcpStream, peer: &str) -> Result<String, LinkError
 }
 
 /// `None` as long as the hello is not complete.
-fn hello_name(mut bytes: &[u8]) -> Result<Option<String>, String> {
+pub(crate) fn hello_name(mut bytes: &[u8]) -> Result<Option<String>, String> {
     let mut acceptor = Acceptor::default();
     while !bytes.is_empty() {
         // Reading from a slice into memory cannot fail but by a full buffer.

@@ -1,6 +1,7 @@
 //! Both ends of a migration in one process: whatever fails, at most one of
 //! them runs the container, and one does unless the ending is in doubt.
 
+mod hostile;
 mod memory;
 mod world;
 

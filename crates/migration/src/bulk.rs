@@ -3,6 +3,7 @@
 //! own; a short queue in between bounds the memory and couples both speeds.
 
 use std::{
+    collections::HashSet,
     fs::{self, File},
     io::{self, Read, Write},
     os::unix::fs::OpenOptionsExt,
@@ -29,6 +30,10 @@ const CHUNK: usize = 1 << 20;
 
 /// Images in one message: names take bytes too.
 const BUNDLE: usize = 1000;
+
+/// The target's own files among the images begin so: shared objects, as they
+/// come in by lane.
+const MADE_HERE: &str = "transship-shared-";
 
 /// A joined thread that panicked is our own mistake; say where.
 pub(crate) fn joined<T>(result: Result<T, task::JoinError>) -> T {
@@ -263,21 +268,40 @@ impl Bundle {
     }
 }
 
-/// Writes small images into the directory; answers how many.
+/// The names of images that have come.
+#[derive(Default)]
+pub(crate) struct Names(HashSet<String>);
+
+impl Names {
+    /// One more, which has not come before and may lie in the directory.
+    pub fn take(&mut self, name: &str) -> Result<(), MigrationError> {
+        check_image_name(name)?;
+        if self.0.len() >= limits::IMAGES {
+            return Err(MigrationError::malformed("more images than CRIU ever writes"));
+        }
+        match self.0.insert(name.into()) {
+            true => Ok(()),
+            false => Err(MigrationError::malformed(format!("image {name} twice"))),
+        }
+    }
+
+    pub fn count(&self) -> usize {
+        self.0.len()
+    }
+}
+
+/// Writes small images, whose names were taken, into the directory.
 pub(crate) async fn write_images(
     directory: PathBuf,
     images: SmallImages,
-) -> Result<u32, MigrationError> {
+) -> Result<(), MigrationError> {
     let writing = task::spawn_blocking(move || {
-        let mut count = 0;
         for SmallImage { name, content } in images.images {
-            check_image_name(&name)?;
             let written =
                 create(&directory.join(&name)).and_then(|mut file| file.write_all(&content));
             written.map_err(|source| MigrationError::Image { name, source })?;
-            count += 1;
         }
-        Ok(count)
+        Ok(())
     });
     joined(writing.await)
 }
@@ -286,13 +310,13 @@ fn create(path: &Path) -> io::Result<File> {
     File::options().write(true).create(true).truncate(true).mode(0o600).open(path)
 }
 
-/// Receives one image into the directory; its header has been read.
+/// Receives one image into the directory; its header has been read, and its
+/// name taken.
 pub(crate) async fn receive_image(
     reader: &mut Reader<BoxRead>,
     directory: &Path,
     image: Image,
 ) -> Result<u64, MigrationError> {
-    check_image_name(&image.name)?;
     let (queue, mut chunks) = mpsc::channel::<Bytes>(QUEUE);
     let path = directory.join(&image.name);
     let size = image.size;
@@ -320,12 +344,14 @@ pub(crate) async fn receive_image(
     Ok(written)
 }
 
-/// CRIU's own names and ours: nothing that could leave the directory.
-fn check_image_name(name: &str) -> Result<(), MigrationError> {
+/// CRIU's own names and ours: nothing that could leave the directory, and
+/// nothing that lies there already because the target has made it.
+pub(crate) fn check_image_name(name: &str) -> Result<(), MigrationError> {
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.+".contains(&byte);
     let good = !name.is_empty()
         && name.len() <= limits::IMAGE_NAME
         && !name.starts_with('.')
+        && !name.starts_with(MADE_HERE)
         && name.bytes().all(allowed);
     if good { Ok(()) } else { Err(MigrationError::malformed(format!("image name {name:?}"))) }
 }
@@ -336,13 +362,26 @@ mod tests {
 
     #[test]
     fn image_names_stay_in_their_directory() {
-        for name in ["core-1.img", "pages-1.img", "tmpfs-dev-73.tar.gz.img", "descriptors.json"] {
+        for name in ["core-1.img", "pages-1.img", "tmpfs-dev-73.tar.gz.img", "transship.json"] {
             assert!(check_image_name(name).is_ok(), "{name}");
         }
         let long = "a".repeat(limits::IMAGE_NAME + 1);
-        for name in ["", ".", "..", "../x", "/etc/passwd", "a/b", ".hidden", "a\0b", &long] {
+        let ours = "transship-shared-7";
+        for name in ["", ".", "..", "../x", "/etc/passwd", "a/b", ".hidden", "a\0b", &long, ours] {
             assert!(check_image_name(name).is_err(), "{name:?}");
         }
+    }
+
+    #[test]
+    fn an_image_comes_once_and_there_are_not_too_many() {
+        let mut names = Names::default();
+        names.take("core-1.img").unwrap();
+        assert!(names.take("core-1.img").is_err());
+        for number in 2..=limits::IMAGES {
+            names.take(&format!("core-{number}.img")).unwrap();
+        }
+        assert!(names.take("one-more.img").is_err());
+        assert_eq!(names.count(), limits::IMAGES);
     }
 
     /// Of every size around the limits, to the last byte.
@@ -369,7 +408,8 @@ mod tests {
             loop {
                 match hear(&mut far.reader).await.unwrap() {
                     Message::SmallImages(images) => {
-                        count += write_images(to.path().into(), images).await.unwrap();
+                        count += images.images.len();
+                        write_images(to.path().into(), images).await.unwrap();
                     }
                     Message::Image(image) => {
                         receive_image(&mut far.reader, to.path(), image).await.unwrap();

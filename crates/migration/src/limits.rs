@@ -11,6 +11,14 @@ pub const FRAME: Duration = Duration::from_secs(30);
 /// not if a few bytes are taken now and then; a frozen container must not wait.
 pub const TAKEN: Duration = Duration::from_secs(30);
 
+/// Bytes of a message between shims. The largest are a bundle of small images
+/// (1 MiB and names), a manifest, and [`PRESENT_CHUNK`] ranges.
+pub const MESSAGE: usize = 2 << 20;
+
+/// Bytes of a message on a lane: a batch of 256 pages, no two side by side,
+/// takes 4 KiB.
+pub const LANE_MESSAGE: usize = 16 << 10;
+
 /// The target restores between `ImagesEnd` and `Prepared`; CRIU itself gives
 /// up on nothing, so this bounds the pause when it hangs.
 pub const RESTORE: Duration = Duration::from_secs(120);
@@ -24,9 +32,10 @@ pub const COMMIT: Duration = Duration::from_secs(20);
 pub const PASS: Duration = Duration::from_secs(600);
 
 /// CRIU writes a few dozen images per process tree and some per process.
-pub const IMAGES: u32 = 100_000;
+pub const IMAGES: usize = 100_000;
 
 /// An image name as CRIU writes it: `pages-1.img`, `core-17.img`, `tmpfs-dev-…`.
+/// How many bytes all images have is bounded by the tmpfs that they lie in.
 pub const IMAGE_NAME: usize = 128;
 
 /// An image up to this size shares its message with others.

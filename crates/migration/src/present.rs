@@ -56,6 +56,9 @@ impl Presence {
             return Ok(());
         }
         let space = space(message.space.as_ref())?;
+        if message.pages.len() > 2 * limits::PRESENT_CHUNK {
+            return Err(MigrationError::malformed("too many ranges in one message"));
+        }
         let ranges = ranges(&message.pages, ADDRESS_LIMIT / PAGE)?;
         self.ranges += ranges.len();
         if self.ranges > limits::PRESENT_RANGES {

@@ -128,6 +128,7 @@ pub async fn arrive<T: Target>(
     cancel: &CancellationToken,
 ) -> Result<Arrived, MigrationError> {
     channel.writer.set_deadline(limits::TAKEN);
+    channel.reader.set_control_limit(limits::MESSAGE);
     let mut journal = None;
     let ready = tokio::select! {
         ready = until_commit(&mut channel, target, ticket, &mut journal) => ready,

@@ -17,6 +17,8 @@ pub enum WireError {
     Deadline(Duration),
     #[error("a {kind} frame of {length} bytes is longer than the limit of {limit}")]
     TooLong { kind: &'static str, length: usize, limit: usize },
+    #[error("a control message has more than {limit} fields")]
+    TooMany { limit: usize },
     #[error("unknown frame kind {0}")]
     UnknownKind(u8),
     #[error("the reserved bytes of a frame header are not zero")]

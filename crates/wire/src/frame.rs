@@ -6,8 +6,9 @@ use bytes::Bytes;
 use crate::WireError;
 
 /// The largest control message is an offer: an OCI spec and the labels of a
-/// container and its image, tens of kilobytes in practice.
-pub const MAX_CONTROL: usize = 8 << 20;
+/// container and its image, tens of kilobytes in practice. Decoded, a message
+/// may take twenty times as much.
+pub const MAX_CONTROL: usize = 4 << 20;
 
 /// Large enough that headers cost nothing, small enough that a control
 /// message never waits long behind bulk bytes.
@@ -86,6 +87,16 @@ impl Header {
         }
         // u32 always fits where we run: CRIU knows no 16-bit machines.
         Self::new(kind, u32::from_le_bytes(length) as usize)
+    }
+
+    /// A reader may take less than the kind of frame allows.
+    pub fn within(self, most: usize) -> Result<Self, WireError> {
+        match self {
+            Self { kind: Kind::Control, length } if length > most => {
+                Err(WireError::TooLong { kind: self.kind.name(), length, limit: most })
+            }
+            _ => Ok(self),
+        }
     }
 
     pub fn bytes(self) -> [u8; HEADER] {

@@ -17,11 +17,13 @@
 mod error;
 mod frame;
 mod reader;
+mod shape;
 mod writer;
 
 pub use error::WireError;
 pub use frame::{Frame, MAX_CONTROL, MAX_DATA};
-pub use reader::Reader;
+pub use reader::{Reader, decode};
+pub use shape::MAX_FIELDS;
 pub use writer::Writer;
 
 #[cfg(test)]

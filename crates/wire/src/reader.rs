@@ -6,13 +6,19 @@ use bytes::{Bytes, BytesMut};
 use prost::Message;
 use tokio::{
     io::{AsyncRead, AsyncReadExt},
-    time,
+    time::{self, Instant},
 };
 
 use crate::{
-    Frame, WireError,
+    Frame, MAX_CONTROL, WireError,
     frame::{HEADER, Header, Kind},
+    shape::{MAX_FIELDS, is_modest},
 };
+
+/// What a run of data must bring within a deadline: enough that a peer cannot
+/// hold a place here for ever by a byte now and then, little enough for the
+/// slowest link that is any use (2 KiB a second, for the shortest deadline).
+const PROGRESS: usize = 64 << 10;
 
 /// Reads frames. Every method may be cancelled (in a `select!`) without
 /// losing a byte: what has arrived of a frame stays here.
@@ -20,6 +26,12 @@ use crate::{
 pub struct Reader<R> {
     inner: R,
     deadline: Option<Duration>,
+    /// The longest control frame that is taken.
+    most: usize,
+    /// How long the run of data has been waited for since it last brought
+    /// [`PROGRESS`], and how much it has brought since.
+    waited: Duration,
+    brought: usize,
     header: [u8; HEADER],
     filled: usize,
     /// Present once the header is complete and within the limits.
@@ -31,13 +43,22 @@ pub struct Reader<R> {
 impl<R: AsyncRead + Unpin> Reader<R> {
     pub fn new(inner: R) -> Self {
         let (header, spare) = ([0; HEADER], BytesMut::new());
-        Self { inner, deadline: None, header, filled: 0, body: None, spare }
+        let (waited, brought) = (Duration::ZERO, 0);
+        let (deadline, most, filled, body) = (None, MAX_CONTROL, 0, None);
+        Self { inner, deadline, most, waited, brought, header, filled, body, spare }
     }
 
     /// From now on every frame must arrive whole within `deadline`, counted
-    /// from the call that waits for it.
+    /// from the call that waits for it, and a run of data must bring 64 KiB
+    /// in so long a wait, or its end.
     pub fn set_deadline(&mut self, deadline: Duration) {
         self.deadline = Some(deadline);
+    }
+
+    /// From now on a longer control frame is an error, before anything is
+    /// allocated for it. No more than [`MAX_CONTROL`] in any case.
+    pub fn set_control_limit(&mut self, bytes: usize) {
+        self.most = bytes.min(MAX_CONTROL);
     }
 
     /// From now on a frame may take for ever: for a connection whose silence
@@ -49,7 +70,7 @@ impl<R: AsyncRead + Unpin> Reader<R> {
     /// The next frame must be a control frame with an `M`.
     pub async fn control<M: Message + Default>(&mut self) -> Result<M, WireError> {
         match self.next().await? {
-            Frame::Control(bytes) => M::decode(bytes).map_err(WireError::Decode),
+            Frame::Control(bytes) => decode(bytes),
             other => Err(WireError::Unexpected { wanted: "control", got: other.name() }),
         }
     }
@@ -73,12 +94,22 @@ impl<R: AsyncRead + Unpin> Reader<R> {
     }
 
     pub async fn next(&mut self) -> Result<Frame, WireError> {
-        match self.deadline {
-            None => self.frame().await,
-            Some(limit) => {
-                time::timeout(limit, self.frame()).await.map_err(|_| WireError::Deadline(limit))?
-            }
+        let Some(limit) = self.deadline else { return self.frame().await };
+        let began = Instant::now();
+        let left = limit.saturating_sub(self.waited);
+        let frame =
+            time::timeout(left, self.frame()).await.map_err(|_| WireError::Deadline(limit))??;
+        if let Frame::Data(bytes) = &frame
+            && self.brought + bytes.len() < PROGRESS
+        {
+            self.brought += bytes.len();
+            // Only the waiting counts: what is done with the bytes in between
+            // is not the peer's doing.
+            self.waited += began.elapsed();
+        } else {
+            (self.waited, self.brought) = (Duration::ZERO, 0);
         }
+        Ok(frame)
     }
 
     async fn frame(&mut self) -> Result<Frame, WireError> {
@@ -91,7 +122,7 @@ impl<R: AsyncRead + Unpin> Reader<R> {
                 Err(error) => return Err(error.into()),
             }
             if self.filled == HEADER {
-                let header = Header::parse(self.header)?;
+                let header = Header::parse(self.header)?.within(self.most)?;
                 let mut bytes = match header.kind {
                     Kind::Data => mem::take(&mut self.spare),
                     Kind::Control => BytesMut::new(),
@@ -120,4 +151,12 @@ impl<R: AsyncRead + Unpin> Reader<R> {
             None => unreachable!("the loop above ends with a body"),
         }
     }
+}
+
+/// A control frame as a message, unless it has more parts than any of ours.
+pub fn decode<M: Message + Default>(bytes: Bytes) -> Result<M, WireError> {
+    if !is_modest(&bytes) {
+        return Err(WireError::TooMany { limit: MAX_FIELDS });
+    }
+    M::decode(bytes).map_err(WireError::Decode)
 }

@@ -10,7 +10,7 @@ use prost::Message;
 use tokio::io::{AsyncRead, AsyncWriteExt, ReadBuf, duplex};
 use transship_api::session::Hello;
 
-use crate::{Frame, MAX_CONTROL, MAX_DATA, Reader, WireError, Writer};
+use crate::{Frame, MAX_CONTROL, MAX_DATA, MAX_FIELDS, Reader, WireError, Writer, decode};
 
 fn hello() -> Hello {
     Hello { protocol: 1, software: "transship 0.1.0".into(), node: "node-a".into() }
@@ -239,6 +239,88 @@ async fn a_frame_must_arrive_whole_within_its_deadline() {
     };
     let (result, ()) = tokio::join!(reader.next(), drip);
     assert!(matches!(result, Err(WireError::Deadline(d)) if d.as_secs() == 10));
+}
+
+/// Each frame is in time, and the run would never end.
+#[tokio::test(start_paused = true)]
+async fn a_run_that_trickles_meets_a_deadline() {
+    let (peer, ours) = duplex(64);
+    let mut reader = Reader::new(ours);
+    reader.set_deadline(Duration::from_secs(10));
+    let mut writer = Writer::new(peer);
+    let drip = async {
+        while writer.data(b"x").await.is_ok() {
+            tokio::time::sleep(Duration::from_secs(4)).await;
+        }
+    };
+    let read = async {
+        let mut frames = 0;
+        loop {
+            match reader.data().await {
+                Ok(_) => frames += 1,
+                Err(error) => break (frames, error),
+            }
+        }
+    };
+    let (frames, error) = tokio::select! {
+        read = read => read,
+        () = drip => unreachable!("the reader is there"),
+    };
+    assert!(matches!(error, WireError::Deadline(_)), "{error:?}");
+    assert!(frames <= 3, "{frames}");
+}
+
+/// A reader that is slow itself blames nobody, and a run that moves may last.
+#[tokio::test(start_paused = true)]
+async fn a_slow_run_that_moves_is_in_time() {
+    let (peer, ours) = duplex(256 << 10);
+    let mut reader = Reader::new(ours);
+    reader.set_deadline(Duration::from_secs(10));
+    let mut writer = Writer::new(peer);
+    let send = async {
+        for _ in 0..20 {
+            writer.data(&[7; 40 << 10]).await.unwrap();
+            tokio::time::sleep(Duration::from_secs(4)).await;
+        }
+        writer.end_data().await.unwrap();
+    };
+    let read = async {
+        let mut total = 0;
+        while let Some(piece) = reader.data().await.unwrap() {
+            total += piece.len();
+            tokio::time::sleep(Duration::from_secs(30)).await;
+        }
+        total
+    };
+    let (total, ()) = tokio::join!(read, send);
+    assert_eq!(total, 20 * (40 << 10));
+}
+
+/// What takes two bytes each here would take a hundred each there.
+#[tokio::test]
+async fn a_message_of_too_many_parts_is_refused_before_it_is_decoded() {
+    use transship_api::session::{Descriptor, Offer};
+    for (count, fits) in [(1024, true), (MAX_FIELDS + 1, false)] {
+        let offer = Offer { content: vec![Descriptor::default(); count], ..Default::default() };
+        let bytes = bytes::Bytes::from(offer.encode_to_vec());
+        assert_eq!(bytes.len(), 2 * count);
+        let inside = transship_api::session::Consider { offer: Some(offer) };
+        assert_eq!(decode::<Offer>(bytes).is_ok(), fits);
+        let decoded = decode::<transship_api::session::Consider>(inside.encode_to_vec().into());
+        match decoded {
+            Err(WireError::TooMany { .. }) => assert!(!fits),
+            decoded => assert_eq!(decoded.unwrap(), inside),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_reader_may_want_less_than_the_frame_allows() {
+    let bytes = written(async |w| w.control(&hello()).await.unwrap()).await;
+    let mut reader = Reader::new(&bytes[..]);
+    reader.set_control_limit(26);
+    let error = reader.next().await.unwrap_err();
+    assert!(matches!(error, WireError::TooLong { length: 27, limit: 26, .. }), "{error:?}");
 }
 
 #[tokio::test(start_paused = true)]

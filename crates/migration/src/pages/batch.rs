@@ -11,7 +11,7 @@ const PID_LIMIT: u32 = 1 << 22;
 
 /// A batch that was checked.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Checked {
+pub(crate) struct Checked {
     pub round: u32,
     pub space: Space,
     pub pages: Vec<PageRange>,

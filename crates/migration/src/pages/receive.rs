@@ -212,6 +212,7 @@ impl State {
 async fn receive(shared: &Shared, connecting: Connecting) -> Result<(), MigrationError> {
     let Channel { mut reader, writer: _writer, .. } = connecting.await?;
     reader.set_deadline(limits::FRAME);
+    reader.set_control_limit(limits::LANE_MESSAGE);
     match hear(&mut reader).await? {
         Message::Lane(hello) => shared.state().greet(&hello)?,
         _ => return Err(MigrationError::malformed("a lane that does not say so")),

@@ -14,7 +14,7 @@ use transship_types::{PageSet, Space};
 use super::{PageStore, Target, hear_source};
 use crate::{
     Manifest, MigrationError,
-    bulk::{joined, receive_image, receive_pass, say, sync, write_images},
+    bulk::{Names, joined, receive_image, receive_pass, say, sync, write_images},
     limits,
     pages::PageReceiver,
     present::Presence,
@@ -95,10 +95,10 @@ impl<'a> Landing<'a> {
         manifest: &Manifest,
     ) -> Result<Landed, MigrationError> {
         let mut prepared = false;
-        let mut images = 0;
+        let mut images = Names::default();
         loop {
             match self.next().await? {
-                Message::Pass(pass) if images == 0 => self.pass(pass, target).await?,
+                Message::Pass(pass) if images.count() == 0 => self.pass(pass, target).await?,
                 Message::Alive(_) => {}
                 Message::RoundEnd(end) => self.round(end).await?,
                 Message::Present(present) => match &mut self.pages {
@@ -106,17 +106,17 @@ impl<'a> Landing<'a> {
                     _ => return Err(MigrationError::malformed("pages without a lane")),
                 },
                 Message::SmallImages(small) => {
-                    images += write_images(target.images(), small).await?;
+                    small.images.iter().try_for_each(|image| images.take(&image.name))?;
+                    write_images(target.images(), small).await?;
                 }
                 Message::Image(image) => {
+                    images.take(&image.name)?;
                     receive_image(&mut self.channel.reader, &target.images(), image).await?;
-                    images += 1;
                 }
-                Message::ImagesEnd(end) if end.count == images => return self.end().await,
+                Message::ImagesEnd(end) if end.count as usize == images.count() => {
+                    return self.end().await;
+                }
                 _ => return Err(MigrationError::malformed("neither pass nor page nor image")),
-            }
-            if images > limits::IMAGES {
-                return Err(MigrationError::malformed("more images than CRIU ever writes"));
             }
             // After the first message the root is as complete as it gets
             // before the freeze: the runtime can start, and waits at the gate.
