@@ -77,7 +77,7 @@ pub fn chain(error: &dyn Error) -> String {
 
 /// A code from a peer; one we do not know yet is a failure all the same.
 pub fn code(word: &str) -> Code {
-    serde_json::from_value(word.into()).unwrap_or(Code::Internal)
+    word.parse().unwrap_or(Code::Internal)
 }
 
 impl From<LinkError> for Failure {

@@ -14,6 +14,7 @@ use async_trait::async_trait;
 use futures::future::BoxFuture;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
+use transship_api::session::Refused;
 use transship_link::{Channel, LinkError};
 use transship_memory::Memory;
 use transship_rootfs::{Layer, Totals};
@@ -188,11 +189,13 @@ fn record(mut journal: Journal, ending: Ending) {
     }
 }
 
-fn refusal(reason: &str, log: &str) -> MigrationError {
-    let mut reason = reason.to_owned();
-    if !log.is_empty() {
+fn refusal(refused: &Refused) -> MigrationError {
+    let mut reason = refused.reason.clone();
+    if !refused.log.is_empty() {
         reason.push('\n');
-        reason.push_str(log);
+        reason.push_str(&refused.log);
     }
-    MigrationError::Peer(Refusal::new(Code::Runtime, reason, ""))
+    // One that we do not know yet is a failure all the same.
+    let code = refused.code.parse().unwrap_or(Code::Runtime);
+    MigrationError::Peer(Refusal::new(code, reason, ""))
 }

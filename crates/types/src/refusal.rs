@@ -1,9 +1,12 @@
 //! Why something cannot be done, in a form that programs can match and people
 //! can act on.
 
-use std::fmt;
+use std::{fmt, str::FromStr};
 
-use serde::{Deserialize, Serialize};
+use serde::{
+    Deserialize, Serialize,
+    de::{IntoDeserializer, value},
+};
 
 /// A stable word for a reason. Programs decide by it, never by the sentence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -96,6 +99,14 @@ impl Code {
     }
 }
 
+impl FromStr for Code {
+    type Err = value::Error;
+
+    fn from_str(word: &str) -> Result<Self, Self::Err> {
+        Self::deserialize(word.into_deserializer())
+    }
+}
+
 impl fmt::Display for Code {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())
@@ -134,5 +145,7 @@ mod tests {
     fn a_code_is_the_same_word_everywhere() {
         let json = serde_json::to_string(&Code::HostNetwork).unwrap();
         assert_eq!(json, format!("{:?}", Code::HostNetwork.as_str()));
+        assert_eq!(Code::HostNetwork.as_str().parse(), Ok(Code::HostNetwork));
+        assert!("of-tomorrow".parse::<Code>().is_err());
     }
 }

@@ -252,7 +252,7 @@ async fn reason(channel: &mut Channel, error: MigrationError) -> MigrationError 
 
 async fn answer(channel: &mut Channel) -> Result<Message, MigrationError> {
     match hear(&mut channel.reader).await? {
-        Message::Refused(refused) => Err(refusal(&refused.reason, &refused.log)),
+        Message::Refused(refused) => Err(refusal(&refused)),
         message => Ok(message),
     }
 }

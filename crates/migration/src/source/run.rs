@@ -306,9 +306,7 @@ impl<'a> Run<'a> {
                 }
                 (Answer::Accepted, Some(running.pid), None)
             }
-            Ok(Ok(Message::Refused(refused))) => {
-                (Answer::Refused, None, Some(refusal(&refused.reason, &refused.log)))
-            }
+            Ok(Ok(Message::Refused(refused))) => (Answer::Refused, None, Some(refusal(&refused))),
             Ok(Ok(_)) => {
                 let text = "an answer to the commit that is none";
                 (Answer::Silence, None, Some(MigrationError::malformed(text)))
@@ -390,7 +388,7 @@ impl<'a> Run<'a> {
     /// The next message; a refusal is an error of its own.
     async fn hear(&mut self) -> Result<Message, MigrationError> {
         match hear(&mut self.channel.reader).await? {
-            Message::Refused(refused) => Err(refusal(&refused.reason, &refused.log)),
+            Message::Refused(refused) => Err(refusal(&refused)),
             message => Ok(message),
         }
     }
