@@ -5,6 +5,7 @@
 //! here already are overwritten where they lie. A chunk of the arena goes
 //! back to the kernel once its last page is forgotten.
 
+mod grain;
 mod index;
 mod slots;
 
@@ -17,8 +18,9 @@ use transship_types::{PAGE, PageRange, PageSet, Space};
 
 use crate::{
     MemoryError,
-    sys::arena::{Arena, CHUNK},
+    sys::arena::{Arena, CHUNK, thread_time},
 };
+use grain::{Grain, Grains};
 use index::{Index, Place};
 use slots::{Run, Slots};
 
@@ -37,6 +39,7 @@ pub struct Store {
     /// Made with the first page.
     arena: Mutex<Option<Arc<Arena>>>,
     slots: Mutex<Slots>,
+    grains: Mutex<Grains>,
     spaces: Mutex<BTreeMap<Space, Arc<Kept>>>,
     arrived: Mutex<Option<Arrived>>,
 }
@@ -70,6 +73,7 @@ impl Store {
             limit_bytes,
             arena: Mutex::default(),
             slots: Mutex::default(),
+            grains: Mutex::default(),
             spaces: Mutex::default(),
             arrived: Mutex::default(),
         }
@@ -279,6 +283,7 @@ impl Store {
         let mut gaps = absent.iter();
         let mut gap = gaps.next();
         for mut run in runs {
+            let (chunk, pages, begun) = (run.chunk(), run.pages, thread_time());
             while let Some(range) = gap.filter(|_| run.pages > 0) {
                 let (part, rest) = range.split(run.pages as u64);
                 arena.write(run.slot * PAGE as usize, &bytes[at(part)..][..part.bytes() as usize]);
@@ -287,6 +292,7 @@ impl Store {
                 run.pages -= part.pages() as usize;
                 gap = rest.or_else(|| gaps.next());
             }
+            lock(&self.grains).took(chunk, pages, thread_time().saturating_sub(begun));
         }
         let mut twice = Vec::new();
         {
@@ -346,9 +352,9 @@ impl Store {
             }
             slots.take(pages as usize, arena.chunks()).ok_or(full)?
         };
-        if let Some(last) = runs.iter().map(|run| run.slot * PAGE as usize / CHUNK).max() {
+        if let Some(last) = runs.iter().map(Run::chunk).max() {
             arena
-                .open(last)
+                .open(last, || lock(&self.grains).next() == Grain::Huge)
                 .map_err(|source| MemoryError::System { what: "opening the store", source })?;
         }
         Ok(runs)

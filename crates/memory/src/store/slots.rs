@@ -16,6 +16,13 @@ pub(super) struct Run {
     pub pages: usize,
 }
 
+impl Run {
+    /// The one it lies in.
+    pub fn chunk(&self) -> usize {
+        self.slot / PAGES
+    }
+}
+
 /// A free page is taken from the first chunk that has one, so that chunks
 /// stay full or become empty, and an empty one can be given back.
 #[derive(Debug, Default)]
@@ -66,7 +73,7 @@ impl Slots {
         let mut empty = Vec::new();
         for run in runs {
             self.mark(*run, false);
-            let chunk = run.slot / PAGES;
+            let chunk = run.chunk();
             if self.taken[chunk] == [0; PAGES / 64] {
                 self.free.remove(&chunk);
                 empty.push(chunk);
@@ -92,7 +99,7 @@ impl Slots {
 
     /// `run` lies in one chunk.
     fn mark(&mut self, run: Run, taken: bool) {
-        let chunk = &mut self.taken[run.slot / PAGES];
+        let chunk = &mut self.taken[run.chunk()];
         for page in run.slot % PAGES..run.slot % PAGES + run.pages {
             let bit = 1 << (page % 64);
             assert_eq!(chunk[page / 64] & bit == 0, taken, "page {page} of {run:?}");

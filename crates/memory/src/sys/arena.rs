@@ -1,8 +1,6 @@
 //! Memory of our own, taken and given back in chunks.
 //!
-//! Anonymous and in huge pages where the kernel has any: a fresh huge page
-//! costs a fifth of as many small ones, and every page that arrives is fresh.
-//! It is reached as words that several threads may read and write at once, so
+//! Anonymous, and by the chunk in huge pages or in small ones. It is reached as words that several threads may read and write at once, so
 //! that no mix-up above could be worse than wrong bytes.
 
 use std::{
@@ -11,6 +9,7 @@ use std::{
         Mutex, PoisonError,
         atomic::{AtomicU64, AtomicUsize, Ordering::*},
     },
+    time::Duration,
 };
 
 /// What is taken and given back at once: a huge page.
@@ -56,8 +55,9 @@ impl Arena {
         self.chunks
     }
 
-    /// Lets everything up to and with this chunk be touched.
-    pub fn open(&self, chunk: usize) -> io::Result<()> {
+    /// Lets everything up to and with this chunk be touched. `huge` is asked
+    /// once for each chunk, in order.
+    pub fn open(&self, chunk: usize, mut huge: impl FnMut() -> bool) -> io::Result<()> {
         assert!(chunk < self.chunks, "chunk {chunk} of {}", self.chunks);
         let until = (chunk + 1) * CHUNK;
         if self.open.load(Acquire) >= until {
@@ -65,19 +65,21 @@ impl Arena {
         }
         let _opening = self.opening.lock().unwrap_or_else(PoisonError::into_inner);
         let from = self.open.load(Acquire);
-        let Some(bytes) = until.checked_sub(from).filter(|bytes| *bytes > 0) else { return Ok(()) };
-        let start = self.base.wrapping_add(from).cast();
-        let access = libc::PROT_READ | libc::PROT_WRITE;
-        // SAFETY: inside our own mapping, by the assertion; nobody has been
-        // given this part yet.
-        check(unsafe { libc::mprotect(start, bytes, access) })?;
-        // A kernel without huge pages says no, and small ones do.
-        let _ = advise(start, bytes, libc::MADV_HUGEPAGE);
-        // A child that is about to exec need not copy gigabytes of page
-        // tables, and a core dump shows no container's memory.
-        advise(start, bytes, libc::MADV_DONTFORK)?;
-        advise(start, bytes, libc::MADV_DONTDUMP)?;
-        self.open.store(until, Release);
+        for from in (from..until).step_by(CHUNK) {
+            let start = self.base.wrapping_add(from).cast();
+            let access = libc::PROT_READ | libc::PROT_WRITE;
+            // SAFETY: inside our own mapping, by the assertion; nobody has been
+            // given this part yet.
+            check(unsafe { libc::mprotect(start, CHUNK, access) })?;
+            let grain = if huge() { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE };
+            // A kernel without huge pages says no, and small ones do.
+            let _ = advise(start, CHUNK, grain);
+            // A child that is about to exec need not copy gigabytes of page
+            // tables, and a core dump shows no container's memory.
+            advise(start, CHUNK, libc::MADV_DONTFORK)?;
+            advise(start, CHUNK, libc::MADV_DONTDUMP)?;
+            self.open.store(from + CHUNK, Release);
+        }
         Ok(())
     }
 
@@ -125,6 +127,16 @@ impl Drop for Arena {
         // SAFETY: the mapping is ours, and every slice of it borrowed from us.
         let _ = unsafe { libc::munmap(self.mapping.cast(), self.mapped) };
     }
+}
+
+/// What this thread has used of a processor; what others did meanwhile is none
+/// of it.
+pub fn thread_time() -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the kernel writes one timespec, which outlives the call. Every
+    // kernel has this clock, and without an answer the time is 0.
+    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) };
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
 /// `start` lies in a mapping that is ours and private, and is only reached as
