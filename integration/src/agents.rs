@@ -205,23 +205,31 @@ impl Site {
 
     /// Puts a gate before a program of the node's PATH, open for now.
     pub fn gate(&self, program: &str) -> Result<Gate> {
-        let (at, shut) =
-            (self.dir().join("bin").join(program), self.dir().join(format!("{program}.shut")));
+        let shut = self.dir().join(format!("{program}.shut"));
+        self.precede(
+            program,
+            &format!(
+                "if grep -qsx -e any -e \"$1\" {shut}; then touch {shut}.met; fi\n\
+                 while grep -qsx -e any -e \"$1\" {shut}; do sleep 0.02; done\n",
+                shut = shut.display()
+            ),
+        )?;
+        Ok(Gate(shut))
+    }
+
+    /// Has the shell do something before each start of a program of the node's
+    /// PATH; `$real` is the program, and `$@` are its arguments.
+    pub fn precede(&self, program: &str, with: &str) -> Result<()> {
+        let at = self.dir().join("bin").join(program);
         let real = match fs::read_link(&at) {
             Ok(real) => real,
             Err(_) => PathBuf::from(self.sh(&format!("command -v {program}"))?.trim()),
         };
-        let script = format!(
-            "#!/bin/sh\nif grep -qsx -e any -e \"$1\" {shut}; then touch {shut}.met; fi\n\
-             while grep -qsx -e any -e \"$1\" {shut}; do sleep 0.02; done\nexec {real} \"$@\"\n",
-            shut = shut.display(),
-            real = real.display()
-        );
+        let script = format!("#!/bin/sh\nreal={}\n{with}\nexec \"$real\" \"$@\"\n", real.display());
         let new = at.with_extension("new");
         fs::write(&new, script)?;
         fs::set_permissions(&new, fs::Permissions::from_mode(0o755))?;
-        fs::rename(&new, at).with_context(|| format!("put a gate before {program}"))?;
-        Ok(Gate(shut))
+        fs::rename(&new, at).with_context(|| format!("put something before {program}"))
     }
 
     /// Slows everything that leaves the node down, so that what takes a

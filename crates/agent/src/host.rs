@@ -1,7 +1,7 @@
 //! What this machine is: the facts that decide whether processes of one host
 //! can run on another.
 
-use std::{fs, io, path::Path};
+use std::{fs, path::Path};
 
 use nix::{
     sys::{statfs, utsname},
@@ -31,19 +31,6 @@ pub async fn describe() -> Host {
         page_size: page_size(),
         cgroup_version: cgroup_version(),
     }
-}
-
-/// Bytes that processes may still take without swapping.
-pub fn memory_available() -> io::Result<u64> {
-    let text = fs::read_to_string("/proc/meminfo")?;
-    meminfo(&text, "MemAvailable:").ok_or_else(|| {
-        io::Error::new(io::ErrorKind::InvalidData, "no MemAvailable in /proc/meminfo")
-    })
-}
-
-fn meminfo(text: &str, name: &str) -> Option<u64> {
-    let line = text.lines().find_map(|l| l.strip_prefix(name))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
 /// Flags of the first processor; all processors of a host have the same ones.
@@ -81,20 +68,10 @@ mod tests {
         assert!(cpu_flags("").is_empty());
     }
 
-    #[test]
-    fn available_memory_is_in_bytes() {
-        assert_eq!(
-            meminfo("MemFree: 1 kB\nMemAvailable:   2048 kB\n", "MemAvailable:"),
-            Some(2 << 20)
-        );
-        assert_eq!(meminfo("MemFree: 1 kB\n", "MemAvailable:"), None);
-    }
-
     #[tokio::test]
     async fn this_machine_can_be_described() {
         let host = describe().await;
         assert!(!host.kernel.is_empty() && !host.architecture.is_empty());
         assert!(host.page_size >= 4096 && [1, 2].contains(&host.cgroup_version));
-        assert!(memory_available().unwrap() > 0);
     }
 }

@@ -25,7 +25,6 @@ pub mod node;
 mod offer;
 pub mod plan;
 mod preflight;
-mod room;
 pub mod serve;
 pub mod shim;
 mod source;

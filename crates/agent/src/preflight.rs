@@ -12,15 +12,11 @@ use std::{
 
 use transship_api::session::Host;
 use transship_criu::features::OLDEST;
+use transship_memory::room::{self, Room};
 use transship_types::{Code, Refusal};
 
 use crate::{
-    config::Limits,
-    containerd::spec::Network,
-    daemon::DaemonError,
-    node::Node,
-    offer::Checked,
-    room::{self, Room},
+    config::Limits, containerd::spec::Network, daemon::DaemonError, node::Node, offer::Checked,
 };
 
 /// A layer arrives compressed and is then unpacked; a factor of three covers
@@ -68,7 +64,7 @@ pub async fn gather(node: &Node, offer: &Checked) -> Result<Facts, DaemonError> 
         has_snapshotter: daemon.has_snapshotter(snapshotter).await?,
         missing: daemon.missing(offer.key.namespace(), &offer.content).await?,
         disk_free: daemon.free_disk().await?,
-        memory: room::of(offer.spec.cgroup_path())
+        memory: room::for_container(offer.spec.cgroup_path())
             .map_err(|e| DaemonError::failed("to read /proc/meminfo", e))?,
         absent_paths: HashSet::new(),
         shim: has_shim(&offer.record.runtime),

@@ -14,6 +14,7 @@ mod inject;
 mod maps;
 mod obstacles;
 mod read;
+pub mod room;
 mod shared;
 mod spaces;
 mod stop;

@@ -7,5 +7,6 @@ mod faults;
 mod happy;
 mod memory;
 mod refusals;
+mod room;
 mod shared;
 mod world;

@@ -209,3 +209,28 @@ fn everything_works_while_it_is_filled() -> Result<()> {
         world.remove(b, ID)
     })
 }
+
+/// A CRIU that goes back to where it can see every page: all of them travel
+/// in its images, and arrive as well.
+#[test]
+fn a_criu_that_sees_every_page_saves_them_all() -> Result<()> {
+    with_agents(|world| {
+        let World { a, b, .. } = world;
+        a.precede(
+            "criu",
+            "[ \"$(readlink /proc/self/ns/mnt)\" = \"$(readlink /proc/1/ns/mnt)\" ] || \
+               exec nsenter --mount=/proc/1/ns/mnt \"$real\" \"$@\"",
+        )?;
+        start(world, &["--mib", "64", "--processes", "2"])?;
+        let report = a.migrate(ID)?;
+        let memory = &report["memory"];
+        // Whether we hear of it in time to say so is up to how fast it goes
+        // there.
+        let said = memory["dump"] == "ordinary" && memory["fallback"] != "";
+        let seen = number(memory, "criu_pages")? >= 64 << 8;
+        ensure!(said || seen, "{report:#}");
+        ensure!(number(&report, "image_bytes")? > 64 << 20, "{report:#}");
+        Workload::of(b, ID)?.verify()?;
+        world.remove(b, ID)
+    })
+}

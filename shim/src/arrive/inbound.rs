@@ -24,7 +24,10 @@ use std::{
 use futures::future::BoxFuture;
 use tracing::{error, warn};
 use transship_criu::{images::MemoryDir, pages};
-use transship_memory::{FaultOptions, FaultServer, Serving, Store};
+use transship_memory::{
+    FaultOptions, FaultServer, Serving, Store,
+    room::{self, Room},
+};
 use transship_migration::{MigrationError, PageStore, chain, report};
 use transship_types::{PageSet, Space};
 
@@ -44,7 +47,7 @@ type Result<T> = std::result::Result<T, MigrationError>;
 
 /// The memory of one arriving container.
 pub struct Inbound {
-    room: u64,
+    room: Room,
     /// As they were before CRIU mounted its own.
     mounts: String,
     store: Arc<Store>,
@@ -59,10 +62,10 @@ impl Inbound {
     pub fn new() -> Result<Self> {
         let room = room()?;
         Ok(Self {
+            store: Arc::new(Store::new(room.bytes)),
             room,
             mounts: cgroup::mounts()
                 .map_err(|error| MigrationError::runtime("memory", error.sentence()))?,
-            store: Arc::new(Store::new(room)),
             listening: None,
             serving: None,
             victim: Arc::default(),
@@ -74,13 +77,14 @@ impl Inbound {
     /// socket lies in `work`, where CRIU looks for it.
     pub fn prepare(&mut self, work: &Path, memory_bytes: u64) -> Result<()> {
         // What it uses now is no limit: it may grow while it travels.
-        if memory_bytes > self.room {
+        if memory_bytes > self.room.bytes {
             return Err(MigrationError::runtime(
                 "memory",
                 format!(
-                    "this node has {} MiB to spare and the container uses {} MiB; free some \
-                     memory here or choose another node",
-                    self.room >> 20,
+                    "this node has {} MiB to spare (within {}) and the container uses {} MiB; \
+                     free some memory here or choose another node",
+                    self.room.bytes >> 20,
+                    self.room.bound_by,
                     memory_bytes >> 20
                 ),
             ));
@@ -94,7 +98,7 @@ impl Inbound {
 
     /// What takes in the pages, those of shared objects among `images`.
     pub fn store(&self, images: Arc<MemoryDir>) -> Arc<dyn PageStore> {
-        Arc::new(Incoming::new(self.store.clone(), images, self.room))
+        Arc::new(Incoming::new(self.store.clone(), images, self.room.bytes))
     }
 
     /// Completes CRIU's images with the pages that must be there before the
@@ -315,19 +319,12 @@ impl Post {
     }
 }
 
-/// Bytes that this node can spare.
-fn room() -> Result<u64> {
-    let path = "/proc/meminfo";
-    let text = std::fs::read_to_string(path)
-        .map_err(|error| MigrationError::runtime("memory", format!("{path}: {error}")))?;
-    available(&text).map(|bytes| bytes.saturating_sub(RESERVE_BYTES)).ok_or_else(|| {
-        MigrationError::runtime("memory", format!("{path} does not say what is free"))
-    })
-}
-
-fn available(meminfo: &str) -> Option<u64> {
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+/// What this node can spare for pages that wait: they are charged to us.
+fn room() -> Result<Room> {
+    let found = room::for_us().map_err(|error| {
+        MigrationError::runtime("memory", format!("how much is free here: {error}"))
+    })?;
+    Ok(Room { bytes: found.bytes.saturating_sub(RESERVE_BYTES), ..found })
 }
 
 fn failed<E: std::error::Error>(doing: &'static str) -> impl FnOnce(E) -> MigrationError {
@@ -339,17 +336,4 @@ async fn blocking<T: Send + 'static>(
 ) -> Result<T> {
     let joined = tokio::task::spawn_blocking(work).await;
     joined.map_err(|error| MigrationError::runtime("memory", error.to_string()))?
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_is_free_is_told_by_the_kernel() {
-        let text = "MemTotal:       100 kB\nMemFree: 1 kB\nMemAvailable:   24000 kB\n";
-        assert_eq!(available(text), Some(24_000 << 10));
-        assert_eq!(available("MemTotal: 100 kB\n"), None);
-        assert_eq!(available("MemAvailable: lots\n"), None);
-    }
 }
