@@ -5,6 +5,7 @@ mod cancel;
 mod failures;
 mod faults;
 mod happy;
+mod mappings;
 mod memory;
 mod refusals;
 mod room;

@@ -168,6 +168,9 @@ pub struct VmaEntry {
     pub status: u32,
     #[prost(sint64, required, tag = "8")]
     pub fd: i64,
+    /// A bit for each piece of advice of madvise(2).
+    #[prost(uint64, optional, tag = "9")]
+    pub madv: Option<u64>,
 }
 
 /// `inventory_entry`

@@ -9,6 +9,9 @@ use super::{
 };
 use crate::images::MemoryDir;
 
+/// Of madvise(2).
+const WIPE_ON_FORK: u32 = 18;
+
 /// The kernel's limit on process ids.
 const MAX_PROCESSES: usize = 1 << 22;
 
@@ -99,7 +102,8 @@ fn of_process(dir: &MemoryDir, entry: &PstreeEntry) -> Result<Option<ProcessLayo
 }
 
 /// CRIU's own rules (`vma_entry_is_private` and `vma_entry_can_be_lazy` in
-/// criu/include/vma.h, the same in 4.1 and 4.2).
+/// criu/include/vma.h, the same in 4.1 and 4.2), but for what a child must not
+/// see.
 impl VmaEntry {
     fn is(&self, bits: u32) -> bool {
         self.status & bits == bits
@@ -117,7 +121,15 @@ impl VmaEntry {
         let special = self.is(status::VDSO) || self.is(status::VVAR);
         // CRIU copies a shadow stack before it is registered. It would copy
         // pages that have not come yet.
-        anonymous && !eager && !special && !self.is(status::SHADOW_STACK) && self.is_private()
+        let criu = anonymous && !eager && !special && !self.is(status::SHADOW_STACK);
+        criu && self.is_private() && !self.is_wiped_on_fork()
+    }
+
+    /// A child must find zeros there. It inherits userfaultfd with the mapping
+    /// all the same, and would get what its parent still waits for. CRIU
+    /// restores pages that are in the image wherever they belong.
+    fn is_wiped_on_fork(&self) -> bool {
+        self.madv.unwrap_or_default() >> WIPE_ON_FORK & 1 == 1
     }
 
     /// A region inside other mappings, as CRIU writes it.

@@ -120,6 +120,22 @@ fn lazy_is_what_criu_makes_lazy() {
     assert_eq!(of(|vma| vma.private), [true, true, true, true, false, true, true]);
 }
 
+/// CRIU registers it all the same, and restores what is in the image before.
+#[test]
+fn what_is_wiped_on_fork_is_restored_at_once() {
+    let advised = |first, advice: u32| VmaEntry {
+        madv: Some(1 << advice),
+        ..vma(first, first + 5, ANONYMOUS)
+    };
+    // MADV_DONTFORK: a child has no such mapping that could be filled.
+    let dir = process(&[advised(10, 10), advised(20, 18)], 40);
+    pagemap(&dir, &["0803"], &[]);
+    let process = layout(&dir).unwrap().remove(0);
+    assert_eq!(process.vmas.iter().map(|vma| vma.lazy).collect::<Vec<_>>(), [true, false]);
+    let completed = complete(&dir, &process, &set(&[(12, 14), (22, 25)]), &mut fetch).unwrap();
+    assert_eq!((completed.lazy, completed.eager_pages), (set(&[(12, 14)]), 3));
+}
+
 #[test]
 fn each_page_gets_one_place_in_order() {
     let vmas = [vma(10, 20, ANONYMOUS), vma(30, 40, FILE_PRIVATE), vma(50, 60, LOCKED)];
