@@ -19,13 +19,15 @@ use std::{
 
 use async_trait::async_trait;
 use futures::future::BoxFuture;
+use tokio::sync::mpsc::UnboundedSender;
 use tokio_util::sync::CancellationToken;
 use transship_criu::{Remembered, images::MemoryDir, pages};
 use transship_link::arrivals;
 use transship_migration::{
-    Connecting, Journal, Manifest, MigrationError, PageStore, Target, chain,
+    Connecting, Filled, Journal, Manifest, MigrationError, NextConnection, PageStore, Target,
+    Wanted, chain,
     journal::{Role, Subject},
-    report::{Fill, Restored},
+    report::Restored,
 };
 use transship_types::{ContainerKey, Epoch, MigrationId, NodeName, PageSet, Space, Ticket, paths};
 
@@ -43,8 +45,9 @@ use crate::{
 /// with everything else by then; only a source that died makes it this long.
 const WAIT: Duration = Duration::from_secs(120);
 
-/// The source connects its lanes as soon as it is told that we wait.
-const LANE: Duration = Duration::from_secs(30);
+/// The source connects its lanes as soon as it is told that we wait. One that
+/// was lost while pages are owed comes when it can: then we ask anew.
+const NEXT: Duration = Duration::from_secs(30);
 
 /// Answers the pid of the first process, a child of ours by then.
 ///
@@ -169,14 +172,29 @@ impl Target for Landing<'_> {
         Some(self.inbound.store(self.images.clone()))
     }
 
-    async fn next_lane(&mut self) -> std::result::Result<Connecting, MigrationError> {
-        let arrival = arrivals::wait(self.ticket, LANE).await?;
-        Ok(Box::pin(arrival.accept()))
+    fn next(&self) -> Option<NextConnection> {
+        let ticket = self.ticket.clone();
+        Some(Arc::new(move || {
+            let ticket = ticket.clone();
+            Box::pin(async move {
+                let arrival = arrivals::wait(&ticket, NEXT).await?;
+                let connecting: Connecting = Box::pin(arrival.accept());
+                Ok(connecting)
+            })
+        }))
+    }
+
+    async fn needs(
+        &mut self,
+        present: &[(Space, PageSet)],
+    ) -> std::result::Result<Vec<(Space, PageSet)>, MigrationError> {
+        self.inbound.needs(self.images.clone(), present).await
     }
 
     async fn restore(
         &mut self,
         present: Vec<(Space, PageSet)>,
+        wanted: Option<UnboundedSender<Wanted>>,
     ) -> std::result::Result<Restored, MigrationError> {
         let remembered = self.remembered.take();
         let spec = self.revival.context.spec();
@@ -191,7 +209,7 @@ impl Target for Landing<'_> {
         let mut restored = Restored::default();
         if !present.is_empty() {
             (restored.lazy, restored.criu_pages) =
-                self.inbound.serve(self.images.clone(), present).await?;
+                self.inbound.serve(self.images.clone(), present, wanted).await?;
         }
         let held = self.held()?;
         held.conversation()?.amend(|request| {
@@ -222,7 +240,7 @@ impl Target for Landing<'_> {
         u32::try_from(pid).map_err(|_| MigrationError::runtime("resume", "a pid that is none"))
     }
 
-    fn filled(&mut self) -> Option<BoxFuture<'static, Option<Fill>>> {
+    fn filled(&mut self) -> Option<BoxFuture<'static, Filled>> {
         self.inbound.filled()
     }
 

@@ -29,7 +29,7 @@ use transship_api::{
 };
 use transship_link::{Credentials, Trust, connect_ticket};
 use transship_migration::{
-    Connect, History, Journal, Manifest, Options, chain, depart,
+    Connect, Doubt, Evidence, History, Journal, Manifest, Options, chain, depart,
     handoff::Ending,
     journal::{Role, Subject},
     pages::RateLimit,
@@ -72,12 +72,12 @@ struct Under {
     /// None until it has ended.
     ending: watch::Receiver<Option<Ending>>,
     /// In doubt: where proof is awaited.
-    proof: Option<oneshot::Sender<Proof>>,
+    proof: Option<mpsc::Sender<Proved>>,
 }
 
-struct Proof {
-    runs_there: bool,
-    settled: oneshot::Sender<std::result::Result<Ending, String>>,
+struct Proved {
+    proof: Evidence,
+    settled: oneshot::Sender<(Ending, std::result::Result<(), String>)>,
 }
 
 /// What a departure needs, checked.
@@ -235,20 +235,31 @@ impl Shim for Control {
         let proof = {
             let mut departures = self.departures();
             find(&departures, &request.id, &request.migration)?;
-            departures.get_mut(&request.id).and_then(|under| under.proof.take())
+            departures.get_mut(&request.id).and_then(|under| under.proof.clone())
         };
         let proof = proof.ok_or_else(|| {
             Error::FailedPrecondition(format!("the departure of {} is not in doubt", request.id))
         })?;
         let (settled, answer) = oneshot::channel();
         let gone = || Error::Internal(format!("the departure of {} was lost", request.id));
-        proof.send(Proof { runs_there: request.runs_there, settled }).map_err(|_| gone())?;
-        let settled = answer.await;
+        let known = match (request.runs_there, request.may_lack) {
+            (true, true) => Evidence::MayLack,
+            (true, false) => Evidence::RunsThere,
+            (false, _) => Evidence::NotThere,
+        };
+        proof.send(Proved { proof: known, settled }).await.map_err(|_| gone())?;
+        let answer = answer.await;
         // Whether or not all went well: there is nothing left to settle.
-        self.departures().remove(&request.id);
-        let ending = settled.map_err(|_| gone())?.map_err(Error::Internal)?;
+        if !matches!(answer, Ok((Ending::InDoubt, _))) {
+            self.departures().remove(&request.id);
+        }
+        let (ending, settled) = answer.map_err(|_| gone())?;
         let mut response = SettleResponse::new();
         response.ending = ending.as_str().into();
+        match ending {
+            Ending::InDoubt => response.error = settled.err().unwrap_or_default(),
+            _ => settled.map_err(Error::Internal)?,
+        }
         Ok(response)
     }
 
@@ -292,16 +303,16 @@ async fn run(
     cancel: &CancellationToken,
     events: mpsc::Sender<DepartEvent>,
     ended: &watch::Sender<Option<Ending>>,
-    doubt: oneshot::Sender<oneshot::Sender<Proof>>,
+    doubt: oneshot::Sender<mpsc::Sender<Proved>>,
 ) {
     let (departure, ending, open) =
         attempt(&mut leaving, order, namespace, journals, cancel, &events).await;
     // Only a doubt leaves its journal open; otherwise the container is free
     // again before anybody hears of it.
-    let kept = open.map(|journal| (leaving, journal));
+    let mut kept = open.map(|doubt| (leaving, doubt));
     let mut event = DepartEvent::new();
     event.set_departure(departure);
-    let (sender, proof) = oneshot::channel();
+    let (sender, mut proofs) = mpsc::channel(1);
     if kept.is_some() {
         let _ = doubt.send(sender);
     } else {
@@ -311,12 +322,20 @@ async fn run(
     // An agent that is gone asks again by migration.
     let _ = events.send(event).await;
     drop(events);
-    if let Some((mut leaving, journal)) = kept
-        && let Ok(proof) = proof.await
+    while let Some((mut leaving, doubt)) = kept.take()
+        && let Some(proved) = proofs.recv().await
     {
-        let settled = settle(&mut leaving, journal, proof.runs_there).await;
-        drop(leaving);
-        let _ = proof.settled.send(settled.map_err(|error| chain(&error)));
+        let answer = match settle(&mut leaving, doubt, proved.proof).await {
+            Ok((ending, settled)) => {
+                drop(leaving);
+                (ending, settled.map_err(|error| chain(&error)))
+            }
+            Err((doubt, error)) => {
+                kept = Some((leaving, doubt));
+                (Ending::InDoubt, Err(chain(&error)))
+            }
+        };
+        let _ = proved.settled.send(answer);
     }
 }
 
@@ -327,7 +346,7 @@ async fn attempt(
     journals: PathBuf,
     cancel: &CancellationToken,
     events: &mpsc::Sender<DepartEvent>,
-) -> (Departure, Ending, Option<Journal>) {
+) -> (Departure, Ending, Option<Doubt>) {
     let stayed = |error: String| {
         let mut departure = Departure::new();
         departure.ending = Ending::StayedHome.as_str().into();

@@ -63,7 +63,7 @@ pub async fn inspect(container: &Container) -> Result<InspectResponse> {
     }
     response.status = status_word(report.status).into();
     response.pid = report.pid;
-    response.post_copy = transship_migration::CAN_POST_COPY;
+    response.post_copy = true;
     response.runtime = context.oci.binary().display().to_string();
     if let Some(cgroup) = &cgroup {
         response.memory_bytes =

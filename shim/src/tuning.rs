@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use transship_api::control::{
-    FillReport, MemoryReport, PauseReport, Progress, RoundReport, Tuning,
+    FillReport, MemoryReport, PauseReport, PostCopyReport, Progress, RoundReport, Tuning,
 };
 use transship_memory::Backend;
 use transship_migration::{Budget, Options, PostCopy, Throttle, report};
@@ -91,8 +91,18 @@ pub fn memory_report(memory: &report::Memory) -> MemoryReport {
     message.rounds = memory.rounds.iter().map(round).collect();
     message.pause = Some(pause(&memory.pause)).into();
     if let Some(fill) = &memory.fill {
-        message.postcopy_requests = fill.faults;
         message.fill = Some(filled(fill)).into();
+    }
+    if let Some(late) = &memory.post_copy {
+        message.postcopy_requests = late.requests;
+        message.post_copy = Some(PostCopyReport {
+            pages: late.pages,
+            request_bytes: late.request_bytes,
+            recoveries: late.recoveries,
+            duration_us: micros(late.duration),
+            ..Default::default()
+        })
+        .into();
     }
     message.criu_pages = memory.criu_pages;
     message.shared_bytes = memory.shared_bytes;

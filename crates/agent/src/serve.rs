@@ -111,6 +111,7 @@ pub async fn open(node: Arc<Node>) -> Result<Serving, ServeError> {
         .register_service(create_agent(Arc::new(Refused { group: named })));
 
     // What a former run left open, before new work can meet it.
+    target::owed::take_up(&node);
     target::take_up(&node).await;
     source::resume(&node).await;
     control.start().await.map_err(ServeError::Control)?;

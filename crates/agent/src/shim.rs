@@ -40,13 +40,15 @@ pub trait Shims: Send + Sync + 'static {
         migration: &MigrationId,
     ) -> Result<Option<String>, ShimError>;
 
-    /// Ends a departure in doubt on the target's proof; answers the ending.
+    /// Ends a departure in doubt on the target's proof; answers the ending,
+    /// and why it is in doubt still, if it is: it `may_lack` pages there.
     async fn settle(
         &self,
         key: &ContainerKey,
         migration: &MigrationId,
         runs_there: bool,
-    ) -> Result<String, ShimError>;
+        may_lack: bool,
+    ) -> Result<(String, String), ShimError>;
 
     /// Another limit for the pages of a departure under way: bytes per
     /// second, 0 for none.
@@ -126,6 +128,8 @@ impl ShimError {
 const QUICK: Duration = Duration::from_secs(10);
 /// An answer that may wait for CRIU to unlock and thaw.
 const SLOW: Duration = Duration::from_secs(60);
+/// One that waits until all pages have travelled that the target lacks.
+const PAYING: Duration = Duration::from_secs(24 * 3600);
 
 /// The shims of this node, by ttrpc.
 #[derive(Debug, Clone, Copy, Default)]
@@ -170,15 +174,20 @@ impl Shims for TtrpcShims {
         key: &ContainerKey,
         migration: &MigrationId,
         runs_there: bool,
-    ) -> Result<String, ShimError> {
+        may_lack: bool,
+    ) -> Result<(String, String), ShimError> {
         let request = SettleRequest {
             id: key.id().into(),
             migration: migration.to_string(),
             runs_there,
+            may_lack,
             ..Default::default()
         };
         let (client, failed) = connect(key, "settle a departure").await?;
-        Ok(client.settle(within(SLOW), &request).await.map_err(failed)?.ending)
+        // Pages may have to travel first, over whatever link there is.
+        let limit = if may_lack { PAYING } else { SLOW };
+        let answer = client.settle(within(limit), &request).await.map_err(failed)?;
+        Ok((answer.ending, answer.error))
     }
 
     async fn adjust(

@@ -16,6 +16,7 @@
 //! never let go.
 
 mod content;
+pub mod owed;
 mod questions;
 mod unfinished;
 
@@ -230,9 +231,9 @@ impl Target {
     async fn start(mut self, arriving: Box<dyn Arriving>, ticket: Ticket) {
         let peer = self.channel.peer.clone();
         let registration = self.node.arrivals.register(ticket, peer, TICKET);
-        let registration = registration.bound_to(self.offer.migration.clone());
+        let mut registration = Some(registration.bound_to(self.offer.migration.clone()));
         let mut start = tokio::spawn(arriving.start());
-        let stop = match self.until_waiting(&mut start, &registration).await {
+        let stop = match self.until_waiting(&mut start, registration.as_ref()).await {
             Ok(None) => match self.tell(Message::Ready(Ready {})).await {
                 Ok(()) => self.until_started(&mut start).await,
                 Err(stop) => Err(stop),
@@ -248,7 +249,7 @@ impl Target {
             Ok(started) => started,
             Err(stop) => {
                 // A shim that still waits for its connection gives up now.
-                drop(registration);
+                registration = None;
                 match (&stop, time::timeout(STOP, &mut start).await) {
                     // It never let go, whatever its shim told ours.
                     (Stop::Discard, started) => {
@@ -272,18 +273,20 @@ impl Target {
                 }
             }
         };
+        let (node, migration) = (self.node.clone(), self.offer.migration.clone());
         self.outcome(arriving, started).await;
+        owed::keep(&node, &migration, registration);
     }
 
     /// Until our shim waits for its connection; or why Start came back before.
     async fn until_waiting(
         &mut self,
         start: &mut Start,
-        waits: &Registration,
+        waits: Option<&Registration>,
     ) -> Until<Option<Failure>> {
         self.entry.phase("start");
         tokio::select! {
-            waiting = waits.shim_waits() => {
+            waiting = shim_waits(waits) => {
                 waiting.map(|()| None).map_err(|e| Stop::Failed(e.into()))
             }
             started = start => Ok(Some(match joined(started) {
@@ -424,6 +427,14 @@ impl Target {
 }
 
 type Start = JoinHandle<Result<u32, DaemonError>>;
+
+/// For ever, once the ticket has been given up.
+async fn shim_waits(waits: Option<&Registration>) -> Result<(), transship_link::LinkError> {
+    match waits {
+        Some(waits) => waits.shim_waits().await,
+        None => std::future::pending().await,
+    }
+}
 
 fn joined(
     joined: Result<Result<u32, DaemonError>, tokio::task::JoinError>,

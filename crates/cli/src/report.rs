@@ -51,6 +51,12 @@ fn memory(m: &MemoryReport) -> Value {
         "dirty_sync_count": m.dirty_sync_count,
         "cpu_throttle_percentage": m.cpu_throttle_percentage,
         "postcopy_requests": m.postcopy_requests,
+        "post_copy": m.post_copy.as_ref().map(|p| json!({
+            "pages": p.pages,
+            "request_bytes": p.request_bytes,
+            "recoveries": p.recoveries,
+            "duration_us": p.duration_us,
+        })),
         "expected_downtime_us": m.expected_downtime_us,
         "criu_pages": m.criu_pages,
         "shared_bytes": m.shared_bytes,

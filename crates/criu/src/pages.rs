@@ -32,7 +32,7 @@ use transship_types::{PageRange, Space};
 
 use crate::CriuError;
 
-pub use complete::{Completed, CompletedShared, complete, complete_shared};
+pub use complete::{Completed, CompletedShared, complete, complete_shared, eager};
 pub use guards::{add_guards, guards};
 pub use layout::{ProcessLayout, Vma, layout};
 pub use network::shares_network;

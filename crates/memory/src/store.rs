@@ -159,6 +159,13 @@ impl Store {
         lock(&self.kept(space).missing).clone().unwrap_or_default()
     }
 
+    /// The same, of one stretch.
+    pub fn lacking(&self, space: Space, within: PageRange) -> Vec<PageRange> {
+        let kept = self.kept(space);
+        let missing = lock(&kept.missing);
+        missing.as_ref().map_or_else(Vec::new, |missing| missing.within(within).collect())
+    }
+
     pub fn copy_out(
         &self,
         space: Space,

@@ -3,17 +3,18 @@
 
 mod hostile;
 mod memory;
+mod post_copy;
 mod world;
 
 use std::time::Duration;
 
-use tokio::runtime::Handle;
+use tokio::{runtime::Handle, sync::mpsc};
 use tokio_util::sync::CancellationToken;
 use transship_types::{PageSet, Space, Ticket};
 
 use self::world::{Link, Setup, World, good_ticket, is_empty, link};
 use crate::{
-    Journal, MigrationError, Options, Phase, arrive, depart,
+    Evidence, Journal, MigrationError, Options, Phase, Wanted, arrive, depart,
     fake::{FakeSource, FakeTarget, Step, manifest, subject},
     handoff::Ending,
     journal::Role,
@@ -23,7 +24,8 @@ use crate::{
 
 /// The phases of a container whose pages travel in the images.
 fn without_memory() -> impl Iterator<Item = Phase> {
-    Phase::ORDER.into_iter().filter(|phase| !matches!(phase, Phase::Rounds | Phase::Fill))
+    let memory = [Phase::Rounds, Phase::PostCopy, Phase::Fill];
+    Phase::ORDER.into_iter().filter(move |phase| !memory.contains(phase))
 }
 
 #[tokio::test]
@@ -114,7 +116,9 @@ async fn a_link_cut_after_the_commit_is_never_two_running() {
     // Proof that came another way ends the doubt, whichever it is.
     let World { mut source, departure, directory, .. } = world;
     let runs_there = world.target.running;
-    let ending = settle(&mut source, departure.doubt.unwrap(), runs_there).await.unwrap();
+    let proof = if runs_there { Evidence::RunsThere } else { Evidence::NotThere };
+    let (ending, settled) = settle(&mut source, departure.doubt.unwrap(), proof).await.unwrap();
+    settled.unwrap();
     assert_eq!(ending, if runs_there { Ending::Departed } else { Ending::StayedHome });
     assert_ne!(source.is_running(), runs_there);
     assert!(is_empty(&directory.path().join("source-journal")));
@@ -138,8 +142,9 @@ async fn a_target_that_cannot_discard_does_not_refuse() {
         async fn restore(
             &mut self,
             present: Vec<(Space, PageSet)>,
+            wanted: Option<mpsc::UnboundedSender<Wanted>>,
         ) -> Result<Restored, MigrationError> {
-            self.0.restore(present).await
+            self.0.restore(present, wanted).await
         }
         async fn resume(&mut self) -> Result<u32, MigrationError> {
             Err(MigrationError::runtime("resume", "it hangs"))

@@ -109,7 +109,8 @@ pub enum Became {
 /// `leased`: what was made for it has been neither kept nor undone. `late`:
 /// every deadline of the shims has passed.
 pub fn became(seen: Seen, leased: bool, journaled: Journaled, late: bool) -> Became {
-    let let_go = matches!(journaled, Journaled::Last(State::Running | State::Released));
+    let let_go =
+        matches!(journaled, Journaled::Last(State::Running | State::Owing | State::Released));
     if !leased && !let_go && journaled != Journaled::Damaged {
         // Undone already: a container of this name is another one.
         return Became::Never;
@@ -121,7 +122,8 @@ pub fn became(seen: Seen, leased: bool, journaled: Journaled, late: bool) -> Bec
         (Seen::Unborn, _) => Became::Open,
         // It ran, and ended with its machine or its shim.
         (_, Journaled::Last(State::Released)) => Became::Arrived,
-        (_, Journaled::Damaged) => Became::Unknowable,
+        // The source has what it lacked, and is in doubt until somebody decides.
+        (_, Journaled::Damaged | Journaled::Last(State::Owing)) => Became::Unknowable,
         // Told to run at most, and gone before it did for more than a moment.
         _ => Became::Never,
     }

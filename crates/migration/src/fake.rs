@@ -10,18 +10,23 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
+    time::Duration,
 };
 
 use async_trait::async_trait;
 use futures::future::{BoxFuture, FutureExt};
-use tokio::sync::mpsc;
+use tokio::{
+    sync::{Mutex, mpsc},
+    time::sleep,
+};
 use transship_memory::Memory;
 use transship_rootfs::Layer;
 use transship_types::{Epoch, MigrationId, PageSet, Space, Ticket};
 
 pub use self::memory::{FakeMemory, FakeStore};
 use crate::{
-    Connect, Connecting, Journal, Manifest, MigrationError, PageStore, Source, Target,
+    Connect, Connecting, Filled, Journal, Manifest, MigrationError, NextConnection, PageStore,
+    Source, Target, Wanted,
     journal::{Role, Subject},
     report::{Fill, Restored},
 };
@@ -223,9 +228,11 @@ pub struct FakeTarget {
     pub fails: Option<Step>,
     pub store: Option<Arc<FakeStore>>,
     /// Lanes of the source, as they come.
-    pub lanes: Option<mpsc::UnboundedReceiver<Connecting>>,
+    pub lanes: Option<Arc<Mutex<mpsc::UnboundedReceiver<Connecting>>>>,
     /// What `restore` was told to be there.
     pub present: Vec<(Space, PageSet)>,
+    /// It may run before its memory is there, and asks here for the rest.
+    pub wanted: Option<mpsc::UnboundedSender<Wanted>>,
     images: PathBuf,
     journals: PathBuf,
 }
@@ -242,6 +249,7 @@ impl FakeTarget {
             store: None,
             lanes: None,
             present: Vec::new(),
+            wanted: None,
             images,
             journals,
         }
@@ -274,17 +282,44 @@ impl Target for FakeTarget {
         self.store.clone().map(|store| store as Arc<dyn PageStore>)
     }
 
-    async fn next_lane(&mut self) -> Result<Connecting, MigrationError> {
-        fail(self.fails, Step::Lane)?;
-        let lanes = self.lanes.as_mut().expect("a target that waits for lanes");
-        Ok(lanes.recv().await.expect("a source that may still connect"))
+    fn next(&self) -> Option<NextConnection> {
+        let (lanes, fails) = (self.lanes.clone()?, self.fails);
+        Some(Arc::new(move || {
+            let lanes = lanes.clone();
+            let next = async move {
+                fail(fails, Step::Lane)?;
+                let next = lanes.lock().await.recv().await;
+                next.ok_or_else(|| MigrationError::runtime("fake", "nobody connects any more"))
+            };
+            next.boxed()
+        }))
+    }
+
+    /// Every eighth page cannot wait.
+    async fn needs(
+        &mut self,
+        present: &[(Space, PageSet)],
+    ) -> Result<Vec<(Space, PageSet)>, MigrationError> {
+        let eighth = |pages: &PageSet| {
+            pages.iter().map(|range| range.split(1).0).step_by(8).collect::<PageSet>()
+        };
+        Ok(present.iter().map(|(space, pages)| (*space, eighth(pages))).collect())
     }
 
     async fn restore(
         &mut self,
         present: Vec<(Space, PageSet)>,
+        wanted: Option<mpsc::UnboundedSender<Wanted>>,
     ) -> Result<Restored, MigrationError> {
         fail(self.fails, Step::Restore)?;
+        let needed = self.needs(&present).await?;
+        let store = self.store.clone();
+        let lacks = |(space, pages): &(Space, PageSet)| {
+            let store = store.as_ref().expect("pages are somewhere");
+            pages.iter().any(|range| !store.lacking(*space, range).is_empty())
+        };
+        assert!(!needed.iter().any(lacks), "what is needed comes before the restore");
+        self.wanted = wanted;
         self.present = present;
         let pages = fs::read(self.images.join("pages-1.img"))
             .map_err(|source| MigrationError::Image { name: "pages-1.img".into(), source })?;
@@ -298,14 +333,31 @@ impl Target for FakeTarget {
         Ok(4242)
     }
 
-    fn filled(&mut self) -> Option<BoxFuture<'static, Option<Fill>>> {
+    /// Touches one page that is not there after the other.
+    fn filled(&mut self) -> Option<BoxFuture<'static, Filled>> {
         if self.present.is_empty() {
             return None;
         }
-        let pages = self.present.iter().map(|(_, pages)| pages.pages()).sum();
-        let fill = Fill { pages, faults: 5, ..Fill::default() };
-        let fill = fail(self.fails, Step::Fill).is_ok().then_some(fill);
-        Some(futures::future::ready(fill).boxed())
+        if let Err(error) = fail(self.fails, Step::Fill) {
+            return Some(futures::future::ready(Filled::Failed(error.to_string())).boxed());
+        }
+        let (present, wanted, store) =
+            (self.present.clone(), self.wanted.take(), self.store.clone()?);
+        let filling = async move {
+            for (space, _) in &present {
+                while let Some(range) = wanted.as_ref().and(store.missing(*space).iter().next()) {
+                    if let Some(wanted) = &wanted {
+                        let _ = wanted.send((*space, range.start()));
+                    }
+                    while !store.lacking(*space, range.split(1).0).is_empty() {
+                        sleep(Duration::from_millis(1)).await;
+                    }
+                }
+            }
+            let pages = present.iter().map(|(_, pages)| pages.pages()).sum();
+            Filled::All(Fill { pages, faults: 5, ..Fill::default() })
+        };
+        Some(filling.boxed())
     }
 
     async fn discard(&mut self) -> Result<(), MigrationError> {

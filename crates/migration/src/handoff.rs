@@ -6,7 +6,10 @@
 //!     │  (journal first)      │ Refused
 //!     │ drop, stay_home()     ├────────────────────▶ StayedHome (thawed)
 //!     ▼                       │ Silence
-//!   runs on here              └────────────────────▶ InDoubt    (stays frozen)
+//!   runs on here              ├────────────────────▶ InDoubt    (stays frozen)
+//!                             │ Accepted, and pages are owed
+//!                             └──▶ Owing ──────────▶ Departed   (paid)
+//!                                    └─────────────▶ InDoubt    (not paid)
 //! ```
 //!
 //! A [`Frozen`] container is promised to nobody: it can only be thawed or
@@ -52,6 +55,34 @@ pub(crate) async fn guard<S: Source>(source: &mut S) -> Result<Guarded, Migratio
 #[must_use = "a promised container must be settled"]
 pub struct Promised<'a, S: Source>(&'a mut S);
 
+/// It runs on the target, and needs what this side still has: the tasks here
+/// neither run nor end.
+#[must_use = "a container whose pages are owed must be settled"]
+pub struct Owing<'a, S: Source>(&'a mut S);
+
+/// Proof that the target has every page, on its own word.
+#[derive(Debug)]
+pub struct Paid(());
+
+impl Paid {
+    /// The target has said so.
+    pub(crate) fn heard() -> Self {
+        Self(())
+    }
+}
+
+impl<S: Source> Owing<'_, S> {
+    /// Nothing is needed here any more.
+    pub async fn paid(self, _proof: Paid) -> (Ending, Result<(), MigrationError>) {
+        (Ending::Departed, self.0.leave().await)
+    }
+
+    /// The target is not reached, or lost it: what is here stays as it is.
+    pub fn in_doubt(self) -> Ending {
+        Ending::InDoubt
+    }
+}
+
 /// What came back after the commit.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Answer {
@@ -88,6 +119,11 @@ impl<'a, S: Source> Promised<'a, S> {
     /// A container that was left frozen because the answer did not come.
     pub(crate) fn in_doubt(source: &'a mut S) -> Self {
         Self(source)
+    }
+
+    /// It runs on the target, before all of its pages are there.
+    pub fn owe(self) -> Owing<'a, S> {
+        Owing(self.0)
     }
 
     /// The answer decides the ending; the result says whether what follows

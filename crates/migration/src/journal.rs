@@ -48,6 +48,9 @@ pub enum State {
     Prepared,
     /// Source: it will not run here unless the target refuses.
     Committed,
+    /// Target: it runs here, or is about to, and some of its pages are still
+    /// at the source.
+    Owing,
     /// Target: it runs here, or is about to.
     Running,
     /// Target: it has run here.

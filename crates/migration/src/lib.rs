@@ -47,6 +47,7 @@ pub mod handoff;
 mod history;
 pub mod journal;
 mod limits;
+mod line;
 mod options;
 pub mod pages;
 mod phase;
@@ -59,10 +60,12 @@ mod target;
 pub use error::{DepartError, MigrationError, chain};
 pub use history::History;
 pub use journal::Journal;
-pub use options::{
-    Budget, CAN_POST_COPY, Codec, Compress, LANES, MAX_LANES, Options, PostCopy, Throttle,
-};
+pub use line::Wanted;
+pub use options::{Budget, Codec, Compress, LANES, MAX_LANES, Options, PostCopy, Throttle};
 pub use phase::{Phase, Stopwatch};
-pub use source::{Connect, Connecting, Departure, Progress, RoundProgress, Source, depart, settle};
-pub use target::{Arrived, PageStore, Target, arrive};
+pub use source::{
+    Connect, Connecting, Departure, Doubt, Evidence, Progress, RoundProgress, Source, depart,
+    settle,
+};
+pub use target::{Arrived, Filled, NextConnection, PageStore, Target, arrive};
 pub use transship_api::session::{Manifest, Remembered};

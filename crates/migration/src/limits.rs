@@ -74,6 +74,14 @@ pub const SPACES: usize = 100_000;
 /// What depends on it are figures in a report.
 pub const FILLED: Duration = Duration::from_secs(30);
 
+/// While pages are owed and the target is not reached: after this long it is a
+/// doubt, which the agents follow up and a person may end. The container runs
+/// there, or waits for pages, and nothing is lost by it.
+pub const OWED: Duration = Duration::from_secs(60);
+
+/// Between two tries to reach the target while pages are owed.
+pub const AGAIN: Duration = Duration::from_secs(1);
+
 /// What the target says when it fails is worth so long a wait for a source
 /// whose lanes broke.
 pub const REASON: Duration = Duration::from_secs(2);

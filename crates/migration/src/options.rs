@@ -26,11 +26,6 @@ pub enum Throttle {
     Never,
 }
 
-/// Whether this version can let a container run on the target while its memory
-/// is still at the source. The policy knows when; the hand-over does not know
-/// how, as long as a link that breaks then would cost the container.
-pub const CAN_POST_COPY: bool = false;
-
 /// Whether a container may run on the target before all its memory is there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum PostCopy {

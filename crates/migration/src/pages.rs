@@ -24,8 +24,9 @@ use tokio::runtime;
 
 use crate::MigrationError;
 
-pub(crate) use batch::{numbers, ranges, space, space_name};
+pub(crate) use batch::{numbers, ranges, sort, space, space_name};
 pub use limit::RateLimit;
+pub(crate) use receive::put;
 pub use receive::{PageReceiver, PageSink};
 pub use send::{PageSender, RoundTotals};
 

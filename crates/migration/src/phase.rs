@@ -23,6 +23,8 @@ pub enum Phase {
     Restore,
     /// The decision is written down and sent.
     Commit,
+    /// It runs on the target, and some of its memory is still at the source.
+    PostCopy,
     /// The source's tasks end.
     Depart,
     /// It runs on the target, which puts the rest of its memory in place.
@@ -30,7 +32,7 @@ pub enum Phase {
 }
 
 impl Phase {
-    pub const ORDER: [Phase; 10] = [
+    pub const ORDER: [Phase; 11] = [
         Phase::Offer,
         Phase::Prepare,
         Phase::Rounds,
@@ -39,6 +41,7 @@ impl Phase {
         Phase::Transfer,
         Phase::Restore,
         Phase::Commit,
+        Phase::PostCopy,
         Phase::Depart,
         Phase::Fill,
     ];
@@ -53,6 +56,7 @@ impl Phase {
             Phase::Transfer => "transfer",
             Phase::Restore => "restore",
             Phase::Commit => "commit",
+            Phase::PostCopy => "post-copy",
             Phase::Depart => "depart",
             Phase::Fill => "fill",
         }

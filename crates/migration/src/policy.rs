@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use transship_types::PAGE;
 
-use crate::options::{Budget, CAN_POST_COPY, PostCopy, Throttle};
+use crate::options::{Budget, PostCopy, Throttle};
 
 /// So little time to send is lost among everything else in a pause.
 const NEGLIGIBLE: Duration = Duration::from_millis(5);
@@ -180,7 +180,7 @@ fn give_up(rounds: &[RoundFigures], last: &RoundFigures, budget: &Budget) -> Nex
     if budget.throttle == Throttle::Never {
         remedies.push("let it be slowed down (--throttle auto)".to_owned());
     }
-    if CAN_POST_COPY && budget.post_copy == PostCopy::Never {
+    if budget.post_copy == PostCopy::Never {
         remedies.push("let it run before its memory is there (--post-copy auto)".to_owned());
     }
     // Rounded up, so that the same rounds would meet it.

@@ -82,6 +82,20 @@ impl Presence {
         Ok(())
     }
 
+    /// The sets, if any have come; then all must have.
+    pub fn if_any(self) -> Result<Vec<(Space, PageSet)>, MigrationError> {
+        let begun = !self.sets.is_empty() || self.complete;
+        match self.complete() {
+            Some(sets) => Ok(sets),
+            None if !begun => Ok(Vec::new()),
+            None => Err(MigrationError::malformed("a list of pages without its end")),
+        }
+    }
+
+    pub fn is_complete(&self) -> bool {
+        self.complete
+    }
+
     /// The sets, if all of them have come.
     pub fn complete(self) -> Option<Vec<(Space, PageSet)>> {
         self.complete.then_some(self.sets)

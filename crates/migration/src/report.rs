@@ -42,6 +42,8 @@ pub struct Memory {
     pub criu_pages: u64,
     /// Bytes of shared objects.
     pub shared_bytes: u64,
+    /// Present if it ran on the target before all of its pages were there.
+    pub post_copy: Option<PostCopy>,
 }
 
 impl Memory {
@@ -65,6 +67,7 @@ impl Memory {
             fill: None,
             criu_pages: 0,
             shared_bytes: 0,
+            post_copy: None,
         }
     }
 
@@ -105,6 +108,20 @@ pub struct Pause {
     pub restore: Duration,
     /// The same.
     pub resume: Duration,
+}
+
+/// Pages that followed after it ran on the target.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PostCopy {
+    /// Owed at the freeze.
+    pub pages: u64,
+    /// How often somebody there waited for some, and what that brought.
+    pub requests: u64,
+    pub request_bytes: u64,
+    /// Connections after the first.
+    pub recoveries: u32,
+    /// Until the target had them all.
+    pub duration: Duration,
 }
 
 /// How the target put the pages in their places.

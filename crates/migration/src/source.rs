@@ -3,6 +3,7 @@
 //! ([`Ending::Departed`]), or is frozen here and nobody knows
 //! ([`Ending::InDoubt`]). Any failure before the commit means the first.
 
+mod owing;
 mod passes;
 mod rounds;
 mod run;
@@ -20,13 +21,14 @@ use transship_memory::Memory;
 use transship_rootfs::{Layer, Totals};
 use transship_types::{Code, Refusal};
 
+pub use self::owing::Debt;
 use self::run::Run;
 
 use crate::{
     DepartError, Journal, Manifest, MigrationError, Options, Phase, Stopwatch, decide,
     error::chain,
-    handoff::{Answer, Ending, Frozen, Promised},
-    limits, report,
+    handoff::{Answer, Ending, Frozen, Paid, Promised},
+    report,
 };
 
 /// A connection under way. Nothing of it may belong to a runtime before it is
@@ -52,7 +54,8 @@ pub trait Source: Send {
     /// Adds what the restore needs and only `prepare` has found out: the
     /// options of the dump, and the OCI runtime's external descriptors.
     fn complete(&mut self, manifest: &mut Manifest) -> Result<(), MigrationError>;
-    /// Its memory while it runs; asked for once, after `prepare`.
+    /// Its memory while it runs, and then while it stands still; asked for
+    /// once, after `prepare`.
     fn memory(&mut self) -> Option<Arc<dyn Memory>> {
         None
     }
@@ -124,12 +127,27 @@ pub struct Departure {
     /// Missing if its pages travelled in CRIU's images.
     pub memory: Option<report::Memory>,
     /// In doubt only: what [`settle`] needs once there is proof.
-    pub doubt: Option<Journal>,
+    pub doubt: Option<Doubt>,
+}
+
+/// What is kept of a departure in doubt, beside the frozen container.
+#[derive(Debug)]
+pub struct Doubt {
+    pub(crate) journal: Journal,
+    /// Pages that the target has not got. Proof that it runs there does not
+    /// end such a doubt: they are to be sent first.
+    pub(crate) debt: Option<Debt>,
+}
+
+impl Doubt {
+    pub fn owes(&self) -> bool {
+        self.debt.is_some()
+    }
 }
 
 /// Moves `source` to the node at the other end of `channel`.
 pub async fn depart<S: Source>(
-    mut channel: Channel,
+    channel: Channel,
     source: &mut S,
     manifest: Manifest,
     journal: Journal,
@@ -137,8 +155,7 @@ pub async fn depart<S: Source>(
     cancel: &CancellationToken,
     progress: &(dyn Fn(Progress) + Send + Sync),
 ) -> Departure {
-    channel.writer.set_deadline(limits::TAKEN);
-    let mut run = Run::new(channel, manifest.epoch, options, progress);
+    let mut run = Run::new(channel, &manifest, options, progress);
     let dumped = tokio::select! {
         done = run.until_prepared(source, manifest) => done,
         () = cancel.cancelled() => Err(MigrationError::Cancelled),
@@ -155,7 +172,8 @@ pub async fn depart<S: Source>(
         downtime_ms = run.watch.downtime().as_millis() as u64,
         "departure ended"
     );
-    let memory = run.after(outcome.ending).await;
+    let owes = outcome.doubt.as_ref().is_some_and(Doubt::owes);
+    let memory = run.after(outcome.ending, owes).await;
     Departure {
         ending: outcome.ending,
         error: outcome.error,
@@ -168,16 +186,41 @@ pub async fn depart<S: Source>(
     }
 }
 
-/// Ends a doubt on proof: the target's own word, which came another way.
+/// What became of a container in doubt, on the target's own word.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Evidence {
+    /// It runs there, or ran there to its end, and has all of its memory.
+    RunsThere,
+    /// It runs there, and may lack pages.
+    MayLack,
+    /// It does not run there and never will.
+    NotThere,
+}
+
+/// Ends a doubt on proof: the target's own word, which came another way. The
+/// doubt comes back if pages are owed and could not be sent.
 pub async fn settle<S: Source>(
     source: &mut S,
-    journal: Journal,
-    runs_there: bool,
-) -> Result<Ending, MigrationError> {
-    let answer = if runs_there { Answer::Accepted } else { Answer::Refused };
-    let (ending, settled) = Promised::in_doubt(source).settle(answer).await;
-    record(journal, ending);
-    settled.map(|()| ending)
+    mut doubt: Doubt,
+    proof: Evidence,
+) -> Result<(Ending, Result<(), MigrationError>), (Doubt, MigrationError)> {
+    let promised = Promised::in_doubt(source);
+    let (ending, settled) = match (proof, doubt.debt.as_mut()) {
+        (Evidence::MayLack, Some(debt)) => {
+            let owing = promised.owe();
+            match debt.pay(None, &|_| {}).await {
+                Ok(_line) => owing.paid(Paid::heard()).await,
+                Err(error) => {
+                    owing.in_doubt();
+                    return Err((doubt, error));
+                }
+            }
+        }
+        (Evidence::RunsThere | Evidence::MayLack, _) => promised.settle(Answer::Accepted).await,
+        (Evidence::NotThere, _) => promised.settle(Answer::Refused).await,
+    };
+    record(doubt.journal, ending);
+    Ok((ending, settled))
 }
 
 /// Writes down how it ended. The ending itself is certain: a record that

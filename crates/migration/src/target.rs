@@ -4,6 +4,7 @@
 //! source has been told so, or has seen the link close before its commit.
 
 mod landing;
+mod owed;
 
 use std::{
     path::PathBuf,
@@ -13,22 +14,28 @@ use std::{
 
 use async_trait::async_trait;
 use futures::future::{BoxFuture, FutureExt};
-use tokio::time::timeout;
+use tokio::{sync::mpsc, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
-use transship_api::session::{Filled, Prepared, Refused, Running, Waiting, shim_message::Message};
+use transship_api::session::{
+    Filled as Figures, Prepared, Refused, Running, Waiting, shim_message::Message,
+};
 use transship_link::Channel;
 use transship_memory::{MemoryError, Store};
 use transship_types::{Code, Epoch, PageRange, PageSet, Refusal, Space, Ticket, quantity::micros};
 
-use self::landing::Landing;
+use self::{
+    landing::{Landed, Landing},
+    owed::{End, Owed},
+};
 use crate::{
     Journal, Manifest, MigrationError,
-    bulk::{hear, say, sync},
+    bulk::sync,
     decide::{self, Word},
     error::chain,
     journal::State,
     limits,
+    line::{Debt, Line, Speech, Wanted},
     options::MAX_LANES,
     pages::PageSink,
     report::{Fill, Restored},
@@ -51,22 +58,34 @@ pub trait Target: Send {
     fn store(&self) -> Option<Arc<dyn PageStore>> {
         None
     }
-    /// The next connection for pages that comes under the ticket.
-    async fn next_lane(&mut self) -> Result<Connecting, MigrationError> {
-        Err(MigrationError::malformed("a connection for pages that nobody waits for"))
+    /// Waits for further connections under the ticket.
+    fn next(&self) -> Option<NextConnection> {
+        None
+    }
+    /// Of the pages that existed at the freeze, as CRIU's images are there
+    /// now: those without which it cannot be restored.
+    async fn needs(
+        &mut self,
+        _present: &[(Space, PageSet)],
+    ) -> Result<Vec<(Space, PageSet)>, MigrationError> {
+        Ok(Vec::new())
     }
     /// Returns once every process stands ready and not one instruction ran.
     /// `present` are the pages that existed at the freeze; all of them are in
     /// the store, and nothing else. Those that CRIU's images bring themselves
-    /// are as CRIU wrote them. Empty: the images have them all.
-    async fn restore(&mut self, present: Vec<(Space, PageSet)>)
-    -> Result<Restored, MigrationError>;
+    /// are as CRIU wrote them. Empty: the images have them all. With `wanted`
+    /// pages may be lacking that were not needed; who touches one of these
+    /// waits, and it is to be told there.
+    async fn restore(
+        &mut self,
+        present: Vec<(Space, PageSet)>,
+        wanted: Option<mpsc::UnboundedSender<Wanted>>,
+    ) -> Result<Restored, MigrationError>;
     /// Lets go. Returns the first process' id.
     async fn resume(&mut self) -> Result<u32, MigrationError>;
     /// After `resume`: waits until every page is in its place, if any had to
-    /// be put there while it runs. `None` from the future: that did not go
-    /// well, and whoever did it has dealt with it.
-    fn filled(&mut self) -> Option<BoxFuture<'static, Option<Fill>>> {
+    /// be put there while it runs.
+    fn filled(&mut self) -> Option<BoxFuture<'static, Filled>> {
         None
     }
     /// Kills and removes whatever was made, in any state. When it returns Ok,
@@ -76,11 +95,32 @@ pub trait Target: Send {
     fn journal(&self, manifest: &Manifest) -> Result<Journal, MigrationError>;
 }
 
+/// Waits for the next connection under the ticket of an arrival.
+pub type NextConnection =
+    Arc<dyn Fn() -> BoxFuture<'static, Result<Connecting, MigrationError>> + Send + Sync>;
+
+/// How the filling of a container's memory ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Filled {
+    All(Fill),
+    /// It ended by itself before.
+    Nobody,
+    /// It could not go on, and was killed for that.
+    Failed(String),
+}
+
 /// What an arrival does with the store itself.
 pub trait PageStore: PageSink {
     /// These pages of the space there are, and no others: the others are
     /// forgotten. An error if one of these is not here.
     fn present(&self, space: Space, pages: &PageSet) -> Result<(), MemoryError>;
+    /// The same where pages are still to come: from now on only these are let
+    /// in. Answers how many.
+    fn expect(&self, space: Space, pages: &PageSet) -> Result<u64, MemoryError>;
+    /// What was expected and has not come.
+    fn missing(&self, space: Space) -> PageSet;
+    /// The same, of one stretch.
+    fn lacking(&self, space: Space, within: PageRange) -> Vec<PageRange>;
     /// Of which some page is here.
     fn spaces(&self) -> Vec<Space>;
 }
@@ -106,6 +146,18 @@ impl PageStore for Store {
         Store::present(self, space, pages)
     }
 
+    fn expect(&self, space: Space, pages: &PageSet) -> Result<u64, MemoryError> {
+        Store::expect(self, space, pages)
+    }
+
+    fn missing(&self, space: Space) -> PageSet {
+        Store::missing(self, space)
+    }
+
+    fn lacking(&self, space: Space, within: PageRange) -> Vec<PageRange> {
+        Store::lacking(self, space, within)
+    }
+
     fn spaces(&self) -> Vec<Space> {
         Store::spaces(self)
     }
@@ -116,7 +168,8 @@ pub struct Arrived {
     /// Its first process.
     pub pid: u32,
     /// Waits until all its pages are in their places, and tells the source.
-    /// Nothing depends on it but figures; whoever drops it loses those.
+    /// If pages are still to come, whoever drops it leaves the container
+    /// without them; else nothing depends on it but figures.
     pub rest: BoxFuture<'static, ()>,
 }
 
@@ -127,49 +180,58 @@ pub async fn arrive<T: Target>(
     ticket: &Ticket,
     cancel: &CancellationToken,
 ) -> Result<Arrived, MigrationError> {
-    channel.writer.set_deadline(limits::TAKEN);
     channel.reader.set_control_limit(limits::MESSAGE);
+    let mut speech = Speech::new(channel);
     let mut journal = None;
     let ready = tokio::select! {
-        ready = until_commit(&mut channel, target, ticket, &mut journal) => ready,
+        ready = until_commit(&mut speech, target, ticket, &mut journal) => ready,
         () = cancel.cancelled() => Err(MigrationError::Cancelled),
     };
-    let failed = match (ready, journal.as_mut()) {
-        (Ok(()), Some(journal)) => match run_here(target, journal).await {
+    let failed = match (ready, journal.take()) {
+        (Ok(owed), Some(mut open)) => match run_here(target, &mut open, owed.is_some()).await {
             Ok(running) => {
                 let pid = running.pid;
                 // If this does not arrive, the source is in doubt, asks, and
                 // the journal answers.
-                if let Err(error) = say(&mut channel.writer, Message::Running(running)).await {
+                if let Err(error) = speech.say(Message::Running(running)).await {
                     warn!(error = chain(&error), "the source could not be told");
                 }
                 // Nobody waits for it. It tells one that ran from one that was
-                // about to, should this machine die before the agent knows.
-                if let Err(error) = journal.record(State::Released) {
+                // about to, should this machine die before the agent knows. One
+                // that is owed pages says more once it has them all.
+                if owed.is_none()
+                    && let Err(error) = open.record(State::Released)
+                {
                     warn!(error = chain(&error), "that it runs was not recorded");
                 }
-                info!(pid, "arrived");
-                let rest = rest(channel, target.filled()).boxed();
+                info!(pid, owed = owed.is_some(), "arrived");
+                let rest = rest(speech, target.filled(), owed, open).boxed();
                 return Ok(Arrived { pid, rest });
             }
-            Err(error) => error,
+            Err(error) => {
+                journal = Some(open);
+                error
+            }
         },
-        (Ok(()), None) => MigrationError::malformed("a commit without a manifest"),
-        (Err(error), _) => error,
+        (Ok(_), None) => MigrationError::malformed("a commit without a manifest"),
+        (Err(error), open) => {
+            journal = open;
+            error
+        }
     };
     warn!(error = chain(&failed), "the arrival failed");
-    refuse(&mut channel, target, journal, &failed).await;
+    refuse(&mut speech, target, journal, &failed).await;
     Err(failed)
 }
 
+/// Answers what is owed when the source has given it up.
 async fn until_commit<T: Target>(
-    channel: &mut Channel,
+    speech: &mut Speech,
     target: &mut T,
     ticket: &Ticket,
     slot: &mut Option<Journal>,
-) -> Result<(), MigrationError> {
-    channel.reader.set_deadline(limits::FRAME);
-    let manifest = match hear(&mut channel.reader).await? {
+) -> Result<Option<Owed>, MigrationError> {
+    let manifest = match speech.hear(limits::FRAME).await? {
         Message::Manifest(manifest) => manifest,
         _ => return Err(MigrationError::malformed("no manifest")),
     };
@@ -179,19 +241,33 @@ async fn until_commit<T: Target>(
     let journal = slot.insert(target.journal(&manifest)?);
     let store = target.store().filter(|_| manifest.lanes > 0);
     let lanes = if store.is_some() { manifest.lanes.min(MAX_LANES) } else { 0 };
-    say(&mut channel.writer, Message::Waiting(Waiting { lanes })).await?;
+    speech.say(Message::Waiting(Waiting { lanes })).await?;
 
-    let mut landing = Landing::new(channel, store);
+    let mut landing = Landing::new(speech.plain()?, store.clone());
     landing.lanes(target, lanes).await?;
-    let landed = landing.receive(target, &manifest).await?;
+    let Landed { present, unsynced, owed, receiver } = landing.receive(target, &manifest).await?;
+    let (mut wanted, mut owing) = (None, None);
+    if let (false, Some(store), Some(next)) = (owed.is_empty(), store, target.next()) {
+        let (sender, wants) = mpsc::unbounded_channel();
+        wanted = Some(sender);
+        let debt = Arc::new(Debt::new(store, owed, wants));
+        let line = debt.clone();
+        speech.turn(|channel| Line::asking(channel, line))?;
+        let needed = target.needs(&present).await?;
+        if let Speech::Line(line) = speech {
+            debt.fetch(line, &needed).await?;
+        }
+        let (migration, epoch) = (manifest.migration.clone(), manifest.epoch);
+        owing = Some(Owed { debt, receiver, next, migration, epoch });
+    }
     // What the container had made durable must be so here before the source
     // gives it up; the disk works while CRIU does. Without need nobody waits
     // for a disk that others use too.
     let root = target.root();
-    let syncing = async { if landed.unsynced { sync(root).await } else { Ok(()) } };
+    let syncing = async { if unsynced { sync(root).await } else { Ok(()) } };
     let begun = Instant::now();
     let restoring = async {
-        let restored = timeout(limits::RESTORE, target.restore(landed.present)).await;
+        let restored = timeout(limits::RESTORE, target.restore(present, wanted)).await;
         (restored, begun.elapsed())
     };
     let ((restored, took), synced) = tokio::join!(restoring, syncing);
@@ -202,22 +278,22 @@ async fn until_commit<T: Target>(
     synced?;
 
     journal.record(State::Prepared)?;
-    channel.reader.set_deadline(limits::COMMIT);
     let prepared =
         Prepared { restore_us: micros(took), criu_pages: restored.criu_pages, lazy: restored.lazy };
-    say(&mut channel.writer, Message::Prepared(prepared)).await?;
-    let word = match hear_source(channel).await? {
+    speech.say(Message::Prepared(prepared)).await?;
+    let word = match not_aborted(speech.hear(limits::COMMIT).await?)? {
         Message::Commit(commit) => Word::Commit(Epoch(commit.epoch)),
         _ => Word::Other,
     };
     if !decide::may_run(Epoch(manifest.epoch), word) {
         return Err(MigrationError::malformed("no commit after prepared"));
     }
-    Ok(())
+    Ok(owing)
 }
 
-async fn hear_source(channel: &mut Channel) -> Result<Message, MigrationError> {
-    match hear(&mut channel.reader).await? {
+/// A source that gives up says why.
+fn not_aborted(message: Message) -> Result<Message, MigrationError> {
+    match message {
         Message::Abort(abort) => {
             let refusal = Refusal::new(Code::Cancelled, abort.reason, "");
             Err(MigrationError::Peer(refusal))
@@ -230,30 +306,61 @@ async fn hear_source(channel: &mut Channel) -> Result<Message, MigrationError> {
 async fn run_here<T: Target>(
     target: &mut T,
     journal: &mut Journal,
+    owing: bool,
 ) -> Result<Running, MigrationError> {
     let begun = Instant::now();
-    journal.record(State::Running)?;
+    journal.record(if owing { State::Owing } else { State::Running })?;
     let pid = target.resume().await?;
     Ok(Running { pid, resume_us: micros(begun.elapsed()) })
 }
 
-/// The container runs; what is told now are figures.
-async fn rest(mut channel: Channel, filling: Option<BoxFuture<'static, Option<Fill>>>) {
-    let Some(filling) = filling else { return };
-    let Some(fill) = filling.await else { return };
+/// The container runs; what it lacks comes, and is put in its place.
+async fn rest(
+    mut speech: Speech,
+    filling: Option<BoxFuture<'static, Filled>>,
+    owed: Option<Owed>,
+    mut journal: Journal,
+) {
+    let Some(mut filling) = filling else { return };
+    let mut ended = None;
+    if let Some(mut owed) = owed {
+        let first = match speech {
+            Speech::Line(line) => Some(line),
+            _ => None,
+        };
+        let (end, line) = owed.collect(first, &mut filling).await;
+        // On disk before it is said, and before anything else is waited for.
+        let word = end.word(&mut journal);
+        let line = owed.last_line(line).await;
+        speech = line.map_or(Speech::Over, Speech::Line);
+        if let Some(word) = word
+            && let Err(error) = speech.say(word).await
+        {
+            warn!(error = chain(&error), "the source was not told how it ended");
+        }
+        match end {
+            End::Paid => info!("every page is here"),
+            End::Filled(filled) => ended = Some(filled),
+        }
+    }
+    let filled = match ended {
+        Some(filled) => filled,
+        None => filling.await,
+    };
+    let Filled::All(fill) = filled else { return };
     info!(
         pages = fill.pages,
         faults = fill.faults,
         duration_ms = fill.duration.as_millis() as u64,
         "every page is in its place"
     );
-    let filled = Filled {
+    let figures = Figures {
         faults: fill.faults,
         fault_latency: fill.fault_latency,
         pages: fill.pages,
         duration_us: micros(fill.duration),
     };
-    if let Err(error) = say(&mut channel.writer, Message::Filled(filled)).await {
+    if let Err(error) = speech.say(Message::Filled(figures)).await {
         // It does not wait for ever.
         debug!(error = chain(&error), "the source does not listen any more");
     }
@@ -261,7 +368,7 @@ async fn rest(mut channel: Channel, filling: Option<BoxFuture<'static, Option<Fi
 
 /// Nothing stays here; only then the source may be told so.
 async fn refuse<T: Target>(
-    channel: &mut Channel,
+    speech: &mut Speech,
     target: &mut T,
     journal: Option<Journal>,
     reason: &MigrationError,
@@ -281,6 +388,6 @@ async fn refuse<T: Target>(
     }
     let refused =
         Refused { code: reason.code().to_string(), reason: chain(reason), log: String::new() };
-    let told = say(&mut channel.writer, Message::Refused(refused));
+    let told = speech.say(Message::Refused(refused));
     let _ = timeout(Duration::from_secs(1), told).await;
 }

@@ -15,7 +15,7 @@ pub use refusal::{Code, Refusal};
 
 /// Version of the protocol between nodes (docs/protocol.md). A node refuses a
 /// peer that does not speak it.
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 2;
 
 /// Annotation of the OCI spec that makes our shim's Start an arrival.
 pub const TICKET_ANNOTATION: &str = "dev.transship.ticket";

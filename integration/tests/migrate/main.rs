@@ -7,6 +7,7 @@ mod faults;
 mod happy;
 mod mappings;
 mod memory;
+mod post_copy;
 mod refusals;
 mod room;
 mod shared;

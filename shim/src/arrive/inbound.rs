@@ -22,13 +22,14 @@ use std::{
 };
 
 use futures::future::BoxFuture;
+use tokio::sync::mpsc::UnboundedSender;
 use tracing::{error, warn};
 use transship_criu::{images::MemoryDir, pages};
 use transship_memory::{
     FaultOptions, FaultServer, Serving, Store,
     room::{self, Room},
 };
-use transship_migration::{MigrationError, PageStore, chain, report};
+use transship_migration::{Filled, MigrationError, PageStore, Wanted, chain, report};
 use transship_types::{PageSet, Space};
 
 use super::incoming::{Incoming, name_of};
@@ -101,13 +102,34 @@ impl Inbound {
         Arc::new(Incoming::new(self.store.clone(), images, self.room.bytes))
     }
 
+    /// Which of these pages CRIU puts in place itself.
+    pub async fn needs(
+        &self,
+        images: Arc<MemoryDir>,
+        present: &[(Space, PageSet)],
+    ) -> Result<Vec<(Space, PageSet)>> {
+        let present = present.to_vec();
+        blocking(move || {
+            let layout = pages::layout(&images).map_err(failed("read CRIU's images"))?;
+            let needs = layout.iter().filter_map(|process| {
+                let space = Space::Process(process.vpid);
+                let (_, pages) = present.iter().find(|(of, _)| *of == space)?;
+                Some((space, pages::eager(process, pages)))
+            });
+            Ok(needs.collect())
+        })
+        .await
+    }
+
     /// Completes CRIU's images with the pages that must be there before the
     /// container runs, and serves the others. Answers whether CRIU is to
-    /// leave pages to us, and how many it has saved itself.
+    /// leave pages to us, and how many it has saved itself. Pages that are
+    /// touched and lacking are told to `wanted`.
     pub async fn serve(
         &mut self,
         images: Arc<MemoryDir>,
         present: Vec<(Space, PageSet)>,
+        wanted: Option<UnboundedSender<Wanted>>,
     ) -> Result<(bool, u64)> {
         let store = self.store.clone();
         let completed = blocking(move || complete(&images, &store, &present)).await?;
@@ -122,6 +144,12 @@ impl Inbound {
         let (victim, post) = (self.victim.clone(), self.post.clone());
         let mut options = FaultOptions::new(move || victim.kill());
         options.hold = Some(Box::new(move |descriptor| post.hold(descriptor)));
+        options.source = wanted.map(|wanted| -> transship_memory::Source {
+            Arc::new(move |space, address| {
+                // Nobody listens any more once nobody waits either.
+                let _ = wanted.send((space, address));
+            })
+        });
         let serving =
             server.serve(self.store.clone(), lazy, options).map_err(failed("serve its pages"))?;
         self.serving = Some(Arc::new(serving));
@@ -170,29 +198,31 @@ impl Inbound {
     }
 
     /// Ends when the server has: every page in place, or nobody there.
-    pub fn filled(&self) -> Option<BoxFuture<'static, Option<report::Fill>>> {
+    pub fn filled(&self) -> Option<BoxFuture<'static, Filled>> {
         let (serving, post) = (self.serving.clone()?, self.post.clone());
+        let victim = self.victim.clone();
         Some(Box::pin(async move {
             let served = tokio::task::spawn_blocking(move || {
                 let served = serving.wait();
                 post.leave();
                 served
             });
-            let served = served.await;
-            match served {
-                Ok(Ok(served)) => Some(report::Fill {
+            match served.await {
+                Ok(Ok(served)) => Filled::All(report::Fill {
                     faults: served.faults,
                     fault_latency: served.fault_latency,
                     pages: served.pages,
                     duration: served.duration,
                 }),
+                // It was told to end, because nobody is left.
+                Ok(Err(_)) if !victim.is_killed() => Filled::Nobody,
                 Ok(Err(error)) => {
                     error!(error = chain(&error), "the container's memory was not completed");
-                    None
+                    Filled::Failed(chain(&error))
                 }
                 Err(error) => {
                     error!(%error, "the fault server's end was not seen");
-                    None
+                    Filled::Failed(error.to_string())
                 }
             }
         }))

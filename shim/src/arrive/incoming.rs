@@ -133,6 +133,22 @@ impl PageStore for Incoming {
         Ok(())
     }
 
+    fn expect(&self, space: Space, pages: &PageSet) -> Result<u64, MemoryError> {
+        match space {
+            Space::Process(_) => self.store.expect(space, pages),
+            // Restored whole: nothing of it can follow.
+            Space::Shared(_) => self.present(space, pages).map(|()| 0),
+        }
+    }
+
+    fn missing(&self, space: Space) -> PageSet {
+        self.store.missing(space)
+    }
+
+    fn lacking(&self, space: Space, within: PageRange) -> Vec<PageRange> {
+        self.store.lacking(space, within)
+    }
+
     fn spaces(&self) -> Vec<Space> {
         let mut spaces = self.store.spaces();
         spaces.extend(self.objects().keys().map(|inode| Space::Shared(*inode)));

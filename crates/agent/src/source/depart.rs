@@ -49,7 +49,7 @@ struct Heard {
 impl Heard {
     fn proof(self) -> Option<Proof> {
         match self {
-            Heard { arrived: Some(arrived), .. } => Some(Proof::Runs(arrived)),
+            Heard { arrived: Some(arrived), .. } => Some(Proof::Runs { arrived, whole: false }),
             Heard { failed: Some(failure), .. } => Some(Proof::Never(failure)),
             _ => None,
         }

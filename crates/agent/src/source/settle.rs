@@ -28,27 +28,29 @@ const ANSWER: Duration = Duration::from_secs(10);
 
 /// What became of the container, from the target's mouth.
 pub(super) enum Proof {
-    Runs(Arrived),
+    /// It may lack pages of its memory until the target says that it has all.
+    Runs {
+        arrived: Arrived,
+        whole: bool,
+    },
     Never(Failure),
 }
 
 impl Proof {
-    fn told_by(target: &NodeName, proof: decide::Proof) -> Self {
-        match proof {
-            decide::Proof::RunsThere => Proof::Runs(Arrived { pid: 0, state: "RUNNING".into() }),
+    fn told_by(target: &NodeName, standing: Standing) -> Option<Self> {
+        let arrived = Arrived { pid: 0, state: "RUNNING".into() };
+        if standing == Standing::Owed {
+            // No ending follows, but that our shim may go on.
+            return Some(Proof::Runs { arrived, whole: false });
+        }
+        Some(match decide::on_standing(standing)? {
+            decide::Proof::RunsThere => Proof::Runs { arrived, whole: true },
             decide::Proof::NeverThere => Proof::Never(Failure::new(
                 Code::Link,
                 format!("the link to {target} broke, and {target} has discarded the container"),
                 "see the network, then try again",
             )),
-        }
-    }
-
-    fn says(&self) -> decide::Proof {
-        match self {
-            Proof::Runs(_) => decide::Proof::RunsThere,
-            Proof::Never(_) => decide::Proof::NeverThere,
-        }
+        })
     }
 }
 
@@ -105,21 +107,28 @@ impl Source {
         if let Err(failure) = self.entry.in_doubt(&error).await {
             tracing::error!(error = failure.sentence(), "the doubt was not written down");
         }
-        let proof = match proof {
-            Some(proof) => proof,
-            None => tokio::select! {
-                proof = self.proof(channel) => proof,
+        let (mut channel, mut proof) = (channel, proof);
+        let proof = loop {
+            let asking = async {
+                let proof = match proof.take() {
+                    Some(proof) => proof,
+                    None => self.proof(channel.take()).await,
+                };
+                let settled = self.tell_shim(&proof).await;
+                (proof, settled)
+            };
+            tokio::select! {
+                (proof, settled) = asking => match settled {
+                    true => break proof,
+                    false => time::sleep(AGAIN).await,
+                },
                 // The record says "in doubt"; the next run takes it up.
                 () = self.node.shutdown.cancelled() => return,
-            },
+            }
         };
         self.took("in doubt", clock);
-        tokio::select! {
-            () = self.tell_shim(proof.says()) => {}
-            () = self.node.shutdown.cancelled() => return,
-        }
         match proof {
-            Proof::Runs(arrived) => {
+            Proof::Runs { arrived, .. } => {
                 let report = self.bare_report(&arrived);
                 self.moved(report).await;
             }
@@ -128,14 +137,23 @@ impl Source {
     }
 
     /// Until it has an answer: a shim in doubt learns of the proof from nobody
-    /// else. It may not wait for one yet.
-    async fn tell_shim(&self, proof: decide::Proof) {
-        let runs_there = proof == decide::Proof::RunsThere;
+    /// else. It may not wait for one yet. False if it is in doubt still: the
+    /// target lacks pages, and they could not be sent.
+    async fn tell_shim(&self, proof: &Proof) -> bool {
+        let (runs_there, may_lack) = match proof {
+            Proof::Runs { whole, .. } => (true, !whole),
+            Proof::Never(_) => (false, false),
+        };
         let mut last = String::new();
         loop {
             let shims = &self.node.shims;
-            let told = match shims.settle(&self.key, self.entry.migration(), runs_there).await {
-                Ok(ending) => {
+            let settled = shims.settle(&self.key, self.entry.migration(), runs_there, may_lack);
+            let told = match settled.await {
+                Ok((ending, error)) if ending == "in-doubt" => {
+                    tracing::warn!(error, "it runs there, and lacks pages that are here");
+                    return false;
+                }
+                Ok((ending, _)) => {
                     tracing::info!(ending, "settled");
                     Told::Settled
                 }
@@ -149,7 +167,7 @@ impl Source {
                 }
             };
             if !decide::tell_again(told) {
-                return;
+                return true;
             }
             time::sleep(AGAIN).await;
         }
@@ -179,7 +197,9 @@ impl Source {
     async fn wait(&self, channel: &mut Channel) -> Step<Option<Proof>> {
         loop {
             match talk::receive_within(channel, ANSWER).await? {
-                Message::Arrived(arrived) => return Ok(Some(Proof::Runs(arrived))),
+                Message::Arrived(arrived) => {
+                    return Ok(Some(Proof::Runs { arrived, whole: false }));
+                }
                 Message::Failure(f) => {
                     return Ok(Some(Proof::Never(Failure::from_message(&self.to.name, f))));
                 }
@@ -195,7 +215,7 @@ impl Source {
         let asking = async {
             loop {
                 match self.ask().await {
-                    Ok(Some(Proof::Runs(arrived))) => return Ok(arrived),
+                    Ok(Some(Proof::Runs { arrived, .. })) => return Ok(arrived),
                     Ok(Some(Proof::Never(failure))) => return Err(failure),
                     Ok(None) | Err(_) => time::sleep(AGAIN).await,
                 }
@@ -213,10 +233,7 @@ impl Source {
         let channel = connect_agent(&trust, address, name).await?;
         let inquiry = Inquiry { migration: self.entry.migration().to_string() };
         match talk::ask(channel, Message::Inquiry(inquiry), ANSWER).await? {
-            Message::Standing(standing) => {
-                let proof = decide::on_standing(Standing::of(&standing.state));
-                Ok(proof.map(|proof| Proof::told_by(name, proof)))
-            }
+            Message::Standing(standing) => Ok(Proof::told_by(name, Standing::of(&standing.state))),
             other => Err(talk::out_of_place(name, &other)),
         }
     }

@@ -33,6 +33,7 @@ pub fn standing(node: &Node, peer: &NodeName, migration: &str) -> Message {
     let record = migration.parse().ok().and_then(|m| node.book.record(&m));
     let record = record.filter(|r| r.role == Role::Target && r.peer == *peer);
     let standing = decide::standing(record.map(|record| match record.ending {
+        Ending::Arrived if node.book.owes(&record) => Kept::Owed,
         Ending::Arrived => Kept::Arrived,
         Ending::Discarded => Kept::Discarded,
         _ => Kept::Open,

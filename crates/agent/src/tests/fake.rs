@@ -452,7 +452,8 @@ impl Shims for FakeShims {
         key: &ContainerKey,
         _: &MigrationId,
         runs_there: bool,
-    ) -> Result<String, ShimError> {
+        _may_lack: bool,
+    ) -> Result<(String, String), ShimError> {
         let hears = {
             let deaf = &mut self.0.state().deaf;
             std::mem::replace(deaf, deaf.saturating_sub(1)) == 0
@@ -463,7 +464,8 @@ impl Shims for FakeShims {
         }
         let status = if runs_there { TaskStatus::Stopped } else { TaskStatus::Running };
         self.0.set_status(key, status);
-        Ok(if runs_there { "departed" } else { "stayed-home" }.into())
+        let ending = if runs_there { "departed" } else { "stayed-home" };
+        Ok((ending.into(), String::new()))
     }
 
     async fn adjust(

@@ -40,6 +40,26 @@ pub struct Completed {
     pub unplaced_pages: u64,
 }
 
+/// Of these pages, those that must be there before CRIU restores: it puts them
+/// in place itself.
+pub fn eager(layout: &ProcessLayout, pages: &PageSet) -> PageSet {
+    parted(layout, pages).1
+}
+
+/// Which of the pages CRIU leaves to a fault server, and which not.
+fn parted(layout: &ProcessLayout, pages: &PageSet) -> (PageSet, PageSet) {
+    let (mut lazy, mut eager) = (PageSet::new(), PageSet::new());
+    for vma in layout.vmas.iter().filter(|vma| vma.private) {
+        for range in pages.within(vma.range) {
+            if vma.lazy { lazy.insert(range) } else { eager.insert(range) }
+        }
+    }
+    let stacks = lazy.intersection(&layout.stacks);
+    lazy.subtract(&stacks);
+    eager.extend(&stacks);
+    (lazy, eager)
+}
+
 /// Completes `pagemap-VPID.img` and its `pages-N.img` with the pages that were
 /// `present` at the freeze. `fetch` fills the bytes of a range of at most 256
 /// pages that CRIU is to restore eagerly.
@@ -54,17 +74,7 @@ pub fn complete(
     let saved: PageSet = pagemap.saved.iter().copied().collect();
     let mut missing = present.clone();
     missing.subtract(&saved);
-
-    let (mut lazy, mut eager) = (PageSet::new(), PageSet::new());
-    for vma in layout.vmas.iter().filter(|vma| vma.private) {
-        for range in missing.within(vma.range) {
-            if vma.lazy { lazy.insert(range) } else { eager.insert(range) }
-        }
-    }
-    let stacks = lazy.intersection(&layout.stacks);
-    lazy.subtract(&stacks);
-    eager.extend(&stacks);
-
+    let (lazy, eager) = parted(layout, &missing);
     let completed = Completed {
         eager_pages: eager.pages(),
         criu_pages: saved.pages(),

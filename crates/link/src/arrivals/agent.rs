@@ -50,12 +50,25 @@ struct Inner {
 struct Slot {
     peer: NodeName,
     migration: Option<MigrationId>,
-    expires: Instant,
+    /// Never, once it stays.
+    expires: Option<Instant>,
     shim: Option<UnixStream>,
     /// How many connections have come for it, whether they got through or not.
     came: u32,
     /// A shim has waited.
     asked: bool,
+}
+
+impl Slot {
+    fn has_expired(&self) -> bool {
+        self.expires.is_some_and(|expires| expires <= Instant::now())
+    }
+
+    /// One that stays gets as many as its shim asks for: links may break as
+    /// often as they do.
+    fn is_used_up(&self) -> bool {
+        self.came >= CONNECTIONS && self.expires.is_some()
+    }
 }
 
 impl Arrivals {
@@ -74,7 +87,7 @@ impl Arrivals {
     /// is dropped. Each is for a shim that asks for it: one that asks once
     /// gets one, and whoever connects after that is turned away.
     pub fn register(&self, ticket: Ticket, peer: NodeName, lifetime: Duration) -> Registration {
-        let expires = Instant::now() + lifetime;
+        let expires = Some(Instant::now() + lifetime);
         let slot = Slot { peer, migration: None, expires, shim: None, came: 0, asked: false };
         self.slots().insert(ticket.clone(), slot);
         Registration { ticket, arrivals: self.clone() }
@@ -124,7 +137,7 @@ impl Arrivals {
     fn attach(&self, ticket: &Ticket, shim: UnixStream) -> Option<(UnixStream, &'static str)> {
         match self.slots().get_mut(ticket) {
             None => return Some((shim, "the ticket is not known here, or was cancelled")),
-            Some(slot) if slot.expires <= Instant::now() => {
+            Some(slot) if slot.has_expired() => {
                 return Some((shim, "the ticket has expired"));
             }
             Some(Slot { shim: Some(waits), .. }) if !has_left(waits) => {
@@ -144,7 +157,7 @@ impl Arrivals {
     pub async fn hand_over(&self, ticket: &Ticket, stream: TcpStream) -> Result<(), LinkError> {
         match self.slots().get_mut(ticket) {
             None => return Err(refused("the ticket is not known here, or was cancelled")),
-            Some(slot) if slot.came >= CONNECTIONS => return Err(refused("the ticket is used up")),
+            Some(slot) if slot.is_used_up() => return Err(refused("the ticket is used up")),
             Some(slot) => slot.came += 1,
         }
         let (shim, peer, migration) = time::timeout(SHIM, self.waiting_shim(ticket))
@@ -163,7 +176,7 @@ impl Arrivals {
         ticket: &Ticket,
     ) -> Result<(UnixStream, NodeName, Option<MigrationId>), LinkError> {
         self.until(ticket, |slot| {
-            if slot.expires <= Instant::now() {
+            if slot.has_expired() {
                 return Some(Err(refused("the ticket has expired")));
             }
             let shim = slot.shim.take().filter(|shim| !has_left(shim))?;
@@ -223,6 +236,14 @@ impl Registration {
 
     pub fn ticket(&self) -> &Ticket {
         &self.ticket
+    }
+
+    /// From now on the ticket does not expire: the container runs here, and
+    /// its source may come back under it, over and over, with what it owes.
+    pub fn stay(&self) {
+        if let Some(slot) = self.arrivals.slots().get_mut(&self.ticket) {
+            slot.expires = None;
+        }
     }
 
     /// Resolves once a shim waits under the ticket, or has waited.

@@ -128,7 +128,8 @@ async fn refused(case: &str, script: Vec<Act>) -> MigrationError {
     let directory = tempfile::tempdir().unwrap();
     let mut target = FakeTarget::new(directory.path(), None);
     let (lanes, queue) = mpsc::unbounded_channel();
-    (target.store, target.lanes) = (Some(Arc::new(FakeStore::new(None))), Some(queue));
+    (target.store, target.lanes) =
+        (Some(Arc::new(FakeStore::new(None))), Some(Arc::new(queue.into())));
     let ((mut near, far), cancel) = (ends(), CancellationToken::new());
     let (ticket, mut open) = (good_ticket(), Vec::new());
     let source = async {

@@ -46,7 +46,8 @@ async fn memory_arrives_as_it_was_at_the_freeze() {
         assert_eq!(report.rounds[0].dirty_pages, 2 * size, "{case}");
         let phases: Vec<_> =
             world.departure.times.times().iter().map(|(phase, _)| *phase).collect();
-        assert_eq!(phases, Phase::ORDER, "{case}");
+        let order = Phase::ORDER.into_iter().filter(|phase| *phase != Phase::PostCopy);
+        assert_eq!(phases, order.collect::<Vec<_>>(), "{case}");
     }
 }
 
@@ -208,7 +209,7 @@ async fn files_written_in_a_long_first_round_do_not_wait_for_the_pause() {
 }
 
 /// Writes 1 MiB whenever nobody looks, over a link of 8 MB/s.
-fn too_fast(throttle: Throttle) -> Setup {
+pub(super) fn too_fast(throttle: Throttle) -> Setup {
     let memory = Some(Arc::new(FakeMemory::new(1024, 256, None)));
     let fixed = Duration::from_millis(10);
     let max_pause = Duration::from_millis(30);

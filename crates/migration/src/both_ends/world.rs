@@ -8,7 +8,12 @@ use std::{
 
 use futures::FutureExt;
 use tempfile::TempDir;
-use tokio::{io::duplex, runtime::Handle, sync::mpsc, task::AbortHandle};
+use tokio::{
+    io::duplex,
+    runtime::Handle,
+    sync::mpsc,
+    task::{AbortHandle, JoinHandle},
+};
 use tokio_util::sync::CancellationToken;
 use transship_link::{BoxRead, BoxWrite, Channel, LinkError};
 use transship_types::Ticket;
@@ -116,6 +121,8 @@ pub struct World {
     pub target: FakeTarget,
     pub departure: Departure,
     pub arrival: Result<Arrived, MigrationError>,
+    /// What goes on at the target after it runs; over, unless in doubt.
+    pub rest: Option<JoinHandle<()>>,
     pub directory: TempDir,
 }
 
@@ -139,7 +146,7 @@ impl World {
         source.memory = setup.memory;
         source.hides_nothing = setup.hides_nothing;
         source.layer = setup.layer;
-        target.lanes = Some(lanes);
+        target.lanes = Some(Arc::new(lanes.into()));
         let fails = setup.target_fails;
         target.store = setup.store.then(|| Arc::new(FakeStore::new(fails)));
 
@@ -150,16 +157,24 @@ impl World {
             depart(near, &mut source, manifest(), journal, &options, &cancel, &progress);
         let arriving = async {
             let mut arrived = arrive(far, &mut target, &setup.ticket, &setup.cancel_arrival).await;
-            if let Ok(arrived) = &mut arrived {
+            let rest = arrived.as_mut().ok().map(|arrived| {
                 let rest = std::mem::replace(&mut arrived.rest, std::future::ready(()).boxed());
-                rest.await;
-            }
-            arrived
+                tokio::spawn(rest)
+            });
+            (arrived, rest)
         };
-        let both = async { tokio::join!(departing, arriving) };
-        let (departure, arrival) =
+        let both = async {
+            let (departure, (arrival, mut rest)) = tokio::join!(departing, arriving);
+            if departure.ending != Ending::InDoubt
+                && let Some(rest) = rest.take()
+            {
+                rest.await.expect("an end without a panic");
+            }
+            (departure, arrival, rest)
+        };
+        let (departure, arrival, rest) =
             tokio::time::timeout(Duration::from_secs(60), both).await.expect("both ends end");
-        Self { source, target, departure, arrival, directory }
+        Self { source, target, departure, arrival, rest, directory }
     }
 
     pub fn stayed_home(&self, case: &str) {

@@ -248,6 +248,18 @@ impl PageStore for FakeStore {
         self.store.present(space, pages)
     }
 
+    fn expect(&self, space: Space, pages: &PageSet) -> Result<u64, MemoryError> {
+        self.store.expect(space, pages)
+    }
+
+    fn missing(&self, space: Space) -> PageSet {
+        self.store.missing(space)
+    }
+
+    fn lacking(&self, space: Space, within: PageRange) -> Vec<PageRange> {
+        self.store.lacking(space, within)
+    }
+
     fn spaces(&self) -> Vec<Space> {
         self.store.spaces()
     }

@@ -58,7 +58,7 @@ impl Checked {
 
 /// What was read, sorted.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct Sorted {
+pub(crate) struct Sorted {
     pub pages: Vec<PageRange>,
     pub zeros: Vec<PageRange>,
     /// How many bytes of the buffer the pages now take, from its start.
@@ -67,7 +67,7 @@ pub(super) struct Sorted {
 
 /// Tells the pages of `ranges`, whose bytes are `bytes`, from those that are
 /// zero and those that are gone; moves what is to be sent together.
-pub(super) fn sort(ranges: &[PageRange], gone: Vec<PageRange>, bytes: &mut [u8]) -> Sorted {
+pub(crate) fn sort(ranges: &[PageRange], gone: Vec<PageRange>, bytes: &mut [u8]) -> Sorted {
     const P: usize = PAGE as usize;
     let gone: PageSet = gone.into_iter().collect();
     let mut sorted = Sorted::default();

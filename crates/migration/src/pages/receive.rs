@@ -11,7 +11,7 @@ use tokio::{
     time,
 };
 use tokio_util::sync::{CancellationToken, DropGuard};
-use transship_api::session::{Lane as Hello, ShimMessage, shim_message::Message};
+use transship_api::session::{Batch, Lane as Hello, ShimMessage, shim_message::Message};
 use transship_link::{BoxRead, Channel};
 use transship_memory::{MemoryError, codec::Decoder};
 use transship_types::{PageRange, Space};
@@ -230,20 +230,40 @@ async fn receive(shared: &Shared, connecting: Connecting) -> Result<(), Migratio
         };
         let batch = Checked::new(&batch)?;
         shared.state().admit(batch.round)?;
-        if batch.wire_bytes > 0 {
-            reader.set_deadline(limits::FRAME);
-            let wire = run(&mut reader, batch.wire_bytes).await?;
-            let pages = decoder.decode(batch.codec, &wire, batch.length())?;
-            // Blocks this thread, which has nothing else to do.
-            shared.sink.put(batch.space, &batch.pages, pages, batch.round)?;
-            reader.reuse(wire);
-        }
-        if !batch.zeros.is_empty() {
-            shared.sink.zero(batch.space, &batch.zeros, batch.round)?;
-        }
+        // Blocks this thread, which has nothing else to do.
+        apply(&mut reader, &mut decoder, &*shared.sink, &batch).await?;
         shared.state().applied += 1;
         shared.changed.notify_waiters();
     }
+}
+
+/// Takes in one batch, whose message has been read, with its data.
+pub(crate) async fn put(
+    reader: &mut Reader<BoxRead>,
+    decoder: &mut Decoder,
+    sink: &dyn PageSink,
+    batch: &Batch,
+) -> Result<(), MigrationError> {
+    apply(reader, decoder, sink, &Checked::new(batch)?).await
+}
+
+async fn apply(
+    reader: &mut Reader<BoxRead>,
+    decoder: &mut Decoder,
+    sink: &dyn PageSink,
+    batch: &Checked,
+) -> Result<(), MigrationError> {
+    if batch.wire_bytes > 0 {
+        reader.set_deadline(limits::FRAME);
+        let wire = run(reader, batch.wire_bytes).await?;
+        let pages = decoder.decode(batch.codec, &wire, batch.length())?;
+        sink.put(batch.space, &batch.pages, pages, batch.round)?;
+        reader.reuse(wire);
+    }
+    if !batch.zeros.is_empty() {
+        sink.zero(batch.space, &batch.zeros, batch.round)?;
+    }
+    Ok(())
 }
 
 /// A run of data of exactly `length` bytes, which was checked. Usually one

@@ -14,14 +14,14 @@ use tracing::{info, warn};
 use transship_api::session::{Alive, RoundEnd, shim_message::Message};
 use transship_link::Channel;
 use transship_memory::{Backend, Dirty, Last, Memory};
-use transship_types::{PAGE, Space};
+use transship_types::{PAGE, PageSet, Space};
 
 use super::{Connect, Progress, RoundProgress, Source, refusal, watched::Watched};
 use crate::{
     Budget, MigrationError, Options, Phase, Throttle,
     bulk::{hear, say},
     limits,
-    options::{CAN_POST_COPY, PostCopy},
+    options::PostCopy,
     pages::{PageSender, RoundTotals},
     policy::{self, Next, RoundFigures},
     present, report,
@@ -32,7 +32,8 @@ type Hear<'a> = &'a (dyn Fn(Progress) + Send + Sync);
 /// Everything about the memory of one departure.
 pub(super) struct Rounds {
     watched: Watched,
-    pages: PageSender,
+    /// Gone once others send with it.
+    pages: Option<PageSender>,
     budget: Budget,
     figures: Vec<RoundFigures>,
     throttle: u32,
@@ -57,10 +58,7 @@ impl Rounds {
             seconds: limits::LANE.as_secs(),
         })??;
         let report = report::Memory::new(watched.memory().backend(), lanes);
-        let mut budget = options.budget.clone();
-        if !CAN_POST_COPY && budget.post_copy == PostCopy::Auto {
-            budget.post_copy = PostCopy::Never;
-        }
+        let (pages, budget) = (Some(pages), options.budget.clone());
         Ok(Self { watched, pages, budget, figures: Vec::new(), throttle: 0, sent: 0, report })
     }
 
@@ -153,8 +151,30 @@ impl Rounds {
         self.budget.throttle = Throttle::Never;
     }
 
+    /// Pages may follow later, and nothing else makes the pause short enough.
+    /// Without knowing what was written that is always so.
+    pub fn may_owe(&mut self) -> bool {
+        self.report.expected_downtime = self.budget.fixed;
+        self.budget.post_copy != PostCopy::Never
+    }
+
+    /// The number of the round within the pause.
+    pub fn last_number(&self) -> u32 {
+        self.figures.len() as u32 + 1
+    }
+
+    pub fn lanes(&self) -> u32 {
+        self.report.lanes
+    }
+
+    /// For whoever sends what is owed.
+    pub fn take_pages(&mut self) -> Option<PageSender> {
+        self.pages.take()
+    }
+
     /// Within the pause: what was written since the last round, and which
-    /// pages there are, while CRIU writes its images.
+    /// pages there are, while CRIU writes its images. Answers the pages that
+    /// it owes: all of processes, if they may be `late`, and else none.
     ///
     /// The last scan comes before CRIU does anything in the tasks: it runs
     /// code of its own in them, for which it changes their text for a moment.
@@ -162,28 +182,33 @@ impl Rounds {
         &mut self,
         source: &mut S,
         channel: &mut Channel,
-    ) -> Result<(), MigrationError> {
+        late: bool,
+    ) -> Result<Vec<(Space, PageSet)>, MigrationError> {
         let begun = Instant::now();
-        let (why_not, last) = try_join!(source.hide(), self.watched.ask(|memory| memory.last()))?;
+        let (why_not, mut last) =
+            try_join!(source.hide(), self.watched.ask(|memory| memory.last()))?;
         let found = begun.elapsed();
-        let number = self.figures.len() as u32 + 1;
+        let number = self.last_number();
         if let Some(reason) = why_not {
             // CRIU saves them all: whatever was sent before is of no use.
             warn!(reason, "CRIU saves the pages itself");
             self.report.fallback = Some(reason);
-            return try_join!(timed(source.dump()), async {
-                say_present(channel, &Last::default()).await?;
+            let nothing = async {
+                say_present(channel, &Last::default(), &[]).await?;
                 say_last_round(channel, number, 0).await
-            })
-            .map(|((dump, ()), ())| self.report.pause.dump = dump);
+            };
+            let ((dump, ()), ()) = try_join!(timed(source.dump()), nothing)?;
+            self.report.pause.dump = dump;
+            return Ok(Vec::new());
         }
         self.report.page_less = true;
+        let owed = if late { owe(&mut last) } else { Vec::new() };
         let memory = self.watched.memory().clone();
-        let pages = &self.pages;
+        let pages = sender(&self.pages)?;
         let sending = async {
             let begun = Instant::now();
             let all = pages.send(memory, &last.dirty, number, &|_| {});
-            let totals = match try_join!(all, say_present(channel, &last)) {
+            let totals = match try_join!(all, say_present(channel, &last, &owed)) {
                 Ok((totals, ())) => totals,
                 Err(error) => return Err(reason(channel, error).await),
             };
@@ -199,12 +224,14 @@ impl Rounds {
         self.report.total = last.present.iter().map(|(_, pages)| pages.pages() * PAGE).sum();
         let shared = last.present.iter().filter(|(space, _)| matches!(space, Space::Shared(_)));
         self.report.shared_bytes = shared.map(|(_, pages)| pages.pages() * PAGE).sum();
-        Ok(())
+        Ok(owed)
     }
 
     /// Ends the lanes; nothing more will be sent.
     pub async fn close(self) -> report::Memory {
-        self.pages.close().await;
+        if let Some(pages) = self.pages {
+            pages.close().await;
+        }
         self.report
     }
 
@@ -218,7 +245,8 @@ impl Rounds {
         told: &(dyn Fn(u64) + Send + Sync),
     ) -> Result<RoundTotals, MigrationError> {
         let memory: Arc<dyn Memory> = self.watched.memory().clone();
-        let mut sending = std::pin::pin!(self.pages.send(memory, dirty, number, told));
+        let pages = sender(&self.pages)?;
+        let mut sending = std::pin::pin!(pages.send(memory, dirty, number, told));
         let mut signs = interval_at(tokio::time::Instant::now() + limits::ALIVE, limits::ALIVE);
         signs.set_missed_tick_behavior(MissedTickBehavior::Delay);
         // The lanes notice themselves if the target stops reading.
@@ -257,11 +285,42 @@ async fn answer(channel: &mut Channel) -> Result<Message, MigrationError> {
     }
 }
 
-async fn say_present(channel: &mut Channel, last: &Last) -> Result<(), MigrationError> {
+async fn say_present(
+    channel: &mut Channel,
+    last: &Last,
+    owed: &[(Space, PageSet)],
+) -> Result<(), MigrationError> {
     for message in present::messages(&last.present) {
         say(&mut channel.writer, Message::Present(message)).await?;
     }
+    if !owed.is_empty() {
+        for message in present::messages(owed) {
+            say(&mut channel.writer, Message::Owed(message)).await?;
+        }
+    }
     Ok(())
+}
+
+/// Takes out what can follow after the container runs: CRIU restores shared
+/// objects whole, and needs theirs before.
+fn owe(last: &mut Last) -> Vec<(Space, PageSet)> {
+    let dirty = std::mem::take(&mut last.dirty.spaces);
+    let (private, shared) = dirty.into_iter().partition(|(space, _)| match space {
+        Space::Process(_) => true,
+        Space::Shared(_) => false,
+    });
+    last.dirty.spaces = shared;
+    let present = |space: Space, pages: PageSet| {
+        let of = last.present.iter().find(|(present, _)| *present == space);
+        of.map_or_else(PageSet::new, |(_, present)| pages.intersection(present))
+    };
+    let private: Vec<_> = private;
+    let owed = private.into_iter().map(|(space, pages)| (space, present(space, pages)));
+    owed.filter(|(_, pages)| !pages.is_empty()).collect()
+}
+
+fn sender(pages: &Option<PageSender>) -> Result<&PageSender, MigrationError> {
+    pages.as_ref().ok_or_else(|| MigrationError::runtime("sending pages", "the lanes have ended"))
 }
 
 async fn say_last_round(

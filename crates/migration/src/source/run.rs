@@ -1,15 +1,20 @@
 //! One departure, step by step.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use tokio::{time::timeout, try_join};
 use tracing::{error, info, warn};
 use transship_api::session::{Abort, Commit, Prepared, shim_message::Message};
 use transship_link::Channel;
 use transship_rootfs::Totals;
+use transship_types::{PageSet, Space};
 
 use super::{
-    Progress, Source,
+    Debt, Doubt, Progress, Source,
+    owing::Session,
     passes::{Passes, check_done},
     record, refusal,
     rounds::Rounds,
@@ -17,11 +22,12 @@ use super::{
 };
 use crate::{
     DepartError, Journal, Manifest, MigrationError, Options, Phase, Stopwatch,
-    bulk::{hear, say, send_images},
+    bulk::send_images,
     error::chain,
-    handoff::{Answer, Ending, Frozen, Guarded, guard},
+    handoff::{Answer, Ending, Frozen, Guarded, Owing, Paid, guard},
     limits,
-    options::{CAN_POST_COPY, MAX_LANES, PostCopy},
+    line::{Line, Speech},
+    options::MAX_LANES,
     policy::Next,
     report,
 };
@@ -33,11 +39,11 @@ pub(super) struct Outcome {
     pub ending: Ending,
     pub error: Option<DepartError>,
     pub pid: Option<u32>,
-    pub doubt: Option<Journal>,
+    pub doubt: Option<Doubt>,
 }
 
 pub(super) struct Run<'a> {
-    channel: Channel,
+    speech: Speech,
     pub watch: Stopwatch,
     progress: &'a (dyn Fn(Progress) + Send + Sync),
     options: &'a Options,
@@ -49,26 +55,34 @@ pub(super) struct Run<'a> {
     rounds: Option<Rounds>,
     /// It has been slowed down.
     throttled: bool,
+    /// Its pages may follow after it runs on the target.
+    late: bool,
+    /// Those that do.
+    debt: Option<Debt>,
+    migration: String,
 }
 
 impl<'a> Run<'a> {
     pub fn new(
         channel: Channel,
-        epoch: u64,
+        manifest: &Manifest,
         options: &'a Options,
         progress: &'a (dyn Fn(Progress) + Send + Sync),
     ) -> Self {
         Self {
-            channel,
+            speech: Speech::new(channel),
             watch: Stopwatch::start(Phase::Offer),
             progress,
             options,
             layer: Totals::default(),
             image_bytes: 0,
-            epoch,
+            epoch: manifest.epoch,
             watched: None,
             rounds: None,
             throttled: false,
+            late: false,
+            debt: None,
+            migration: manifest.migration.clone(),
         }
     }
 
@@ -104,7 +118,7 @@ impl<'a> Run<'a> {
         }
 
         self.enter(Phase::Freeze);
-        self.channel.reader.set_deadline(limits::FRAME);
+        self.speech.plain()?.reader.set_deadline(limits::FRAME);
         let begun = Instant::now();
         source.freeze().await?;
         let freeze = begun.elapsed();
@@ -113,14 +127,17 @@ impl<'a> Run<'a> {
         match &mut self.rounds {
             Some(rounds) => {
                 rounds.report().pause.freeze = freeze;
-                rounds.finish(source, &mut self.channel).await?;
+                let owed = rounds.finish(source, self.speech.plain()?, self.late).await?;
+                if !owed.is_empty() {
+                    self.owe(source, owed)?;
+                }
             }
             None => source.dump().await?,
         }
         // After the dump and not beside it: CRIU gives names to deleted files
         // that are still linked somewhere, and those belong to the layer too.
         // The images follow at once; the answer is read when they are gone.
-        let last_pass = passes.send(&mut self.channel, true).await?;
+        let last_pass = passes.send(self.speech.plain()?, true).await?;
         if let Some((_, totals)) = last_pass {
             self.count(totals);
         }
@@ -128,15 +145,20 @@ impl<'a> Run<'a> {
         self.enter(Phase::Transfer);
         let progress = self.progress;
         let sent = move |bytes| progress(Progress { phase: Phase::Transfer, bytes, round: None });
-        self.image_bytes = send_images(&mut self.channel.writer, source.images(), &sent).await?;
+        let writer = &mut self.speech.plain()?.writer;
+        self.image_bytes = send_images(writer, source.images(), &sent).await?;
+        if let Some(debt) = &self.debt {
+            // The target asks for what it cannot restore without.
+            let (memory, requests) = (debt.memory.clone(), debt.requests.clone());
+            self.speech.turn(|channel| Line::serving(channel, memory, requests))?;
+        }
         if let Some((number, _)) = last_pass {
-            check_done(self.hear().await?, number)?;
+            check_done(self.hear(limits::FRAME).await?, number)?;
         }
 
         self.enter(Phase::Restore);
-        self.channel.reader.set_deadline(limits::RESTORE);
         // While the target restores, so that it costs nothing.
-        let (guarded, message) = try_join!(guard(source), self.hear())?;
+        let (guarded, message) = try_join!(guard(source), self.hear(limits::RESTORE))?;
         match message {
             Message::Prepared(prepared) => self.prepared(&prepared),
             _ => return Err(MigrationError::malformed("no answer to the images")),
@@ -150,9 +172,6 @@ impl<'a> Run<'a> {
         source: &mut S,
         mut manifest: Manifest,
     ) -> Result<(), MigrationError> {
-        if self.options.budget.post_copy == PostCopy::Always && !CAN_POST_COPY {
-            return Err(cannot_post_copy());
-        }
         // First of all, because the target's runtime wants to know what this
         // one finds out, and because a dump that cannot start need not travel.
         source.prepare().await?;
@@ -164,9 +183,8 @@ impl<'a> Run<'a> {
         }
         manifest.lanes = if self.watched.is_some() { lanes } else { 0 };
         let offered = manifest.lanes;
-        self.channel.reader.set_deadline(limits::FRAME);
-        say(&mut self.channel.writer, Message::Manifest(manifest)).await?;
-        let lanes = match self.hear().await? {
+        self.speech.say(Message::Manifest(manifest)).await?;
+        let lanes = match self.hear(limits::FRAME).await? {
             Message::Waiting(waiting) if waiting.lanes <= offered => waiting.lanes,
             _ => return Err(MigrationError::malformed("no answer to the manifest")),
         };
@@ -179,14 +197,12 @@ impl<'a> Run<'a> {
 
     /// One pass while the container runs; answers the bytes of its content.
     async fn pass(&mut self, passes: &mut Passes) -> Result<Option<u64>, MigrationError> {
-        let Some((number, totals)) = passes.send(&mut self.channel, false).await? else {
+        let Some((number, totals)) = passes.send(self.speech.plain()?, false).await? else {
             return Ok(None);
         };
         self.count(totals);
         // The target writes the pass to its disk before it answers.
-        self.channel.reader.set_deadline(limits::PASS);
-        check_done(self.hear().await?, number)?;
-        self.channel.reader.set_deadline(limits::FRAME);
+        check_done(self.hear(limits::PASS).await?, number)?;
         Ok(Some(totals.bytes))
     }
 
@@ -200,9 +216,10 @@ impl<'a> Run<'a> {
         loop {
             let Some(rounds) = &mut self.rounds else { return Ok(()) };
             if !rounds.are_possible() {
+                self.late = rounds.may_owe();
                 return Ok(());
             }
-            rounds.one(&mut self.channel, self.progress).await?;
+            rounds.one(self.speech.plain()?, self.progress).await?;
             let long = rounds.last_took() >= limits::LONG_ROUND;
             if std::mem::take(&mut first) && long && self.pass(passes).await?.is_some() {
                 // What was written meanwhile is for a round and not for the pause.
@@ -228,7 +245,10 @@ impl<'a> Run<'a> {
                             }
                         }
                     }
-                    Next::PostCopy => return Err(cannot_post_copy()),
+                    Next::PostCopy => {
+                        self.late = rounds.may_owe();
+                        return Ok(());
+                    }
                     Next::GiveUp { reason, remedy } => {
                         return Err(MigrationError::GivenUp { reason, remedy });
                     }
@@ -244,6 +264,30 @@ impl<'a> Run<'a> {
         {
             error!(error = chain(&error), "the container is still slowed down");
         }
+    }
+
+    /// These pages follow after it runs on the target.
+    fn owe<S: Source>(
+        &mut self,
+        source: &mut S,
+        owed: Vec<(Space, PageSet)>,
+    ) -> Result<(), MigrationError> {
+        let (Some(rounds), Some(watched)) = (&self.rounds, &self.watched) else { return Ok(()) };
+        let nowhere = || MigrationError::runtime("post-copy", "there is no way to connect again");
+        self.debt = Some(Debt {
+            memory: watched.memory().clone(),
+            connect: source.connect().ok_or_else(nowhere)?,
+            lanes: rounds.lanes(),
+            compress: self.options.compress,
+            limit: self.options.limit.clone(),
+            migration: self.migration.clone(),
+            epoch: self.epoch,
+            round: rounds.last_number() + 1,
+            owed,
+            requests: Arc::default(),
+            figures: report::PostCopy::default(),
+        });
+        Ok(())
     }
 
     fn prepared(&mut self, prepared: &Prepared) {
@@ -274,10 +318,21 @@ impl<'a> Run<'a> {
         };
         let promised = frozen.promise(proof, dumped.0);
         let (answer, pid, reason) = self.ask().await;
-        self.enter(Phase::Depart);
-        let (ending, settled) = promised.settle(answer).await;
+        let mut phase = Phase::Commit;
+        let (ending, settled) = match self.debt.take() {
+            Some(debt) if answer == Answer::Accepted => {
+                phase = Phase::PostCopy;
+                self.enter(phase);
+                self.pay(promised.owe(), debt).await
+            }
+            debt => {
+                self.debt = debt;
+                self.enter(Phase::Depart);
+                promised.settle(answer).await
+            }
+        };
         let doubt = match ending {
-            Ending::InDoubt => Some(journal),
+            Ending::InDoubt => Some(Doubt { journal, debt: self.debt.take() }),
             Ending::Departed | Ending::StayedHome => {
                 record(journal, ending);
                 None
@@ -287,17 +342,47 @@ impl<'a> Run<'a> {
         if let Some(failed) = &failed {
             error!(error = chain(failed), ending = ending.as_str(), "after the commit");
         }
-        Outcome { ending, pid, error: failed.map(|error| error.during(Phase::Commit)), doubt }
+        Outcome { ending, pid, error: failed.map(|error| error.during(phase)), doubt }
+    }
+
+    /// It runs there: what it lacks follows.
+    async fn pay<S: Source>(
+        &mut self,
+        owing: Owing<'_, S>,
+        mut debt: Debt,
+    ) -> (Ending, Result<(), MigrationError>) {
+        let line = match std::mem::replace(&mut self.speech, Speech::Over) {
+            Speech::Line(line) => Some(line),
+            _ => None,
+        };
+        let pages = self.rounds.as_mut().and_then(Rounds::take_pages);
+        let first = line.zip(pages).map(|(line, pages)| Session { line, pages });
+        let progress = self.progress;
+        let sent = move |bytes| progress(Progress { phase: Phase::PostCopy, bytes, round: None });
+        let paid = debt.pay(first, &sent).await;
+        if let Some(rounds) = &mut self.rounds {
+            rounds.report().post_copy = Some(debt.figures());
+        }
+        match paid {
+            Ok(line) => {
+                self.speech = Speech::Line(line);
+                self.enter(Phase::Depart);
+                owing.paid(Paid::heard()).await
+            }
+            Err(error) => {
+                self.debt = Some(debt);
+                (owing.in_doubt(), Err(error))
+            }
+        }
     }
 
     /// Sends the commit and reads the answer. Only the target's own word
     /// proves anything; everything else is silence.
     async fn ask(&mut self) -> (Answer, Option<u32>, Option<MigrationError>) {
-        let commit = say(&mut self.channel.writer, Message::Commit(Commit { epoch: self.epoch }));
+        let commit = Message::Commit(Commit { epoch: self.epoch });
         let answer = async {
-            commit.await?;
-            self.channel.reader.set_deadline(limits::COMMIT);
-            hear(&mut self.channel.reader).await
+            self.speech.say(commit).await?;
+            self.speech.hear(limits::COMMIT).await
         };
         match timeout(limits::COMMIT, answer).await {
             Ok(Ok(Message::Running(running))) => {
@@ -333,7 +418,7 @@ impl<'a> Run<'a> {
         }
         // The target sees the link close in any case; this only tells it why.
         let abort = Abort { reason: failed.to_string() };
-        let told = say(&mut self.channel.writer, Message::Abort(abort));
+        let told = self.speech.say(Message::Abort(abort));
         let _ = timeout(Duration::from_secs(1), told).await;
         record(journal, Ending::StayedHome);
         Outcome { ending: Ending::StayedHome, error: Some(failed), pid: None, doubt: None }
@@ -341,7 +426,7 @@ impl<'a> Run<'a> {
 
     /// What remains when the ending is certain, and nobody waits any more:
     /// the figures of the memory, and that nothing of it is watched.
-    pub async fn after(&mut self, ending: Ending) -> Option<report::Memory> {
+    pub async fn after(&mut self, ending: Ending, owes: bool) -> Option<report::Memory> {
         let report = match self.rounds.take() {
             Some(mut rounds) => {
                 if ending == Ending::Departed && rounds.report().lazy {
@@ -352,9 +437,11 @@ impl<'a> Run<'a> {
             }
             None => None,
         };
-        // In doubt it stands still, and may yet run here.
+        // In doubt it stands still, and may yet run here; or its memory is read
+        // once more.
+        let needed = ending == Ending::Departed || owes;
         if let Some(watched) = self.watched.take()
-            && ending != Ending::Departed
+            && !needed
         {
             watched.disarm().await;
         }
@@ -363,9 +450,8 @@ impl<'a> Run<'a> {
 
     /// The target's word that every page is in its place.
     async fn filled(&mut self) -> Option<report::Fill> {
-        self.channel.reader.clear_deadline();
-        match timeout(limits::FILLED, hear(&mut self.channel.reader)).await {
-            Ok(Ok(Message::Filled(filled))) => Some(report::Fill {
+        match self.speech.hear(limits::FILLED).await {
+            Ok(Message::Filled(filled)) => Some(report::Fill {
                 faults: filled.faults,
                 fault_latency: filled.fault_latency,
                 pages: filled.pages,
@@ -386,15 +472,10 @@ impl<'a> Run<'a> {
     }
 
     /// The next message; a refusal is an error of its own.
-    async fn hear(&mut self) -> Result<Message, MigrationError> {
-        match hear(&mut self.channel.reader).await? {
+    async fn hear(&mut self, within: Duration) -> Result<Message, MigrationError> {
+        match self.speech.hear(within).await? {
             Message::Refused(refused) => Err(refusal(&refused)),
             message => Ok(message),
         }
     }
-}
-
-fn cannot_post_copy() -> MigrationError {
-    let why = "this version cannot run a container before its memory is there";
-    MigrationError::runtime("post-copy", why)
 }

@@ -11,10 +11,10 @@ use transship_api::session::{Pass, PassDone, RoundDone, RoundEnd, shim_message::
 use transship_link::Channel;
 use transship_types::{PageSet, Space};
 
-use super::{PageStore, Target, hear_source};
+use super::{PageStore, Target, not_aborted};
 use crate::{
     Manifest, MigrationError,
-    bulk::{Names, joined, receive_image, receive_pass, say, sync, write_images},
+    bulk::{Names, hear, joined, receive_image, receive_pass, say, sync, write_images},
     limits,
     pages::PageReceiver,
     present::Presence,
@@ -35,6 +35,16 @@ pub(super) struct Landed {
     pub present: Vec<(Space, PageSet)>,
     /// The layer has changed since it was last made durable.
     pub unsynced: bool,
+    /// The spaces of which pages are still to come, and on which lanes.
+    pub owed: Vec<Space>,
+    pub receiver: Option<PageReceiver>,
+}
+
+/// The last round, once it is complete.
+struct Settled {
+    present: Vec<(Space, PageSet)>,
+    owed: Vec<Space>,
+    receiver: PageReceiver,
 }
 
 /// Pages that come by lane.
@@ -44,10 +54,11 @@ enum Pages {
     Coming {
         store: Arc<dyn PageStore>,
         receiver: PageReceiver,
-        presence: Presence,
+        presence: Box<Presence>,
+        owed: Box<Presence>,
     },
     /// The last round has been sent; beside the images, it comes to its end.
-    Settling(AbortOnDropHandle<Result<Vec<(Space, PageSet)>, MigrationError>>),
+    Settling(AbortOnDropHandle<Result<Settled, MigrationError>>),
 }
 
 impl<'a> Landing<'a> {
@@ -55,7 +66,8 @@ impl<'a> Landing<'a> {
         let pages = store.map_or(Pages::No, |store| Pages::Coming {
             receiver: PageReceiver::new(store.clone()),
             store,
-            presence: Presence::default(),
+            presence: Box::default(),
+            owed: Box::default(),
         });
         Self { channel, pages, changed: false, early: None }
     }
@@ -67,8 +79,10 @@ impl<'a> Landing<'a> {
         count: u32,
     ) -> Result<(), MigrationError> {
         let Pages::Coming { receiver, .. } = &self.pages else { return Ok(()) };
+        let nobody = || MigrationError::malformed("lanes that nobody waits for");
+        let next = target.next().ok_or_else(nobody)?;
         for _ in 0..count {
-            let mut lane = std::pin::pin!(timeout(limits::LANE, target.next_lane()));
+            let mut lane = std::pin::pin!(timeout(limits::LANE, next()));
             let lane = loop {
                 tokio::select! {
                     biased;
@@ -104,6 +118,10 @@ impl<'a> Landing<'a> {
                 Message::Present(present) => match &mut self.pages {
                     Pages::Coming { presence, .. } => presence.add(present)?,
                     _ => return Err(MigrationError::malformed("pages without a lane")),
+                },
+                Message::Owed(present) => match &mut self.pages {
+                    Pages::Coming { owed, .. } => owed.add(present)?,
+                    _ => return Err(MigrationError::malformed("pages owed without a lane")),
                 },
                 Message::SmallImages(small) => {
                     small.images.iter().try_for_each(|image| images.take(&image.name))?;
@@ -185,7 +203,7 @@ impl<'a> Landing<'a> {
 
     /// What the pause still brings of the memory, while images come.
     fn last_round(&mut self, number: u32, batches: u64) -> Result<(), MigrationError> {
-        let Pages::Coming { store, receiver, presence } =
+        let Pages::Coming { store, receiver, presence, owed } =
             std::mem::replace(&mut self.pages, Pages::No)
         else {
             return Err(MigrationError::malformed("a round without a lane"));
@@ -193,30 +211,41 @@ impl<'a> Landing<'a> {
         let sets = presence
             .complete()
             .ok_or_else(|| MigrationError::malformed("a last round without all present pages"))?;
+        let owed = owed.if_any()?;
         let settling = tokio::spawn(async move {
             receiver.complete(number, batches).await?;
-            joined(task::spawn_blocking(move || settle(&*store, sets)).await)
+            let spaces = owed.iter().map(|(space, _)| *space).collect();
+            let settled = task::spawn_blocking(move || settle(&*store, sets, &owed));
+            let present = joined(settled.await)?;
+            Ok(Settled { present, owed: spaces, receiver })
         });
         self.pages = Pages::Settling(AbortOnDropHandle::new(settling));
         Ok(())
     }
 
     async fn end(self) -> Result<Landed, MigrationError> {
-        let present = match self.pages {
-            Pages::No => Vec::new(),
-            Pages::Settling(settling) => joined(settling.await)?,
-            Pages::Coming { .. } => {
-                return Err(MigrationError::malformed("images before the last round"));
+        let unsynced = self.changed;
+        match self.pages {
+            Pages::No => {
+                Ok(Landed { present: Vec::new(), unsynced, owed: Vec::new(), receiver: None })
             }
-        };
-        Ok(Landed { present, unsynced: self.changed })
+            Pages::Settling(settling) => {
+                let Settled { present, owed, receiver } = joined(settling.await)?;
+                // Without debts nobody needs the lanes any more.
+                let receiver = Some(receiver).filter(|_| !owed.is_empty());
+                Ok(Landed { present, unsynced, owed, receiver })
+            }
+            Pages::Coming { .. } => Err(MigrationError::malformed("images before the last round")),
+        }
     }
 }
 
-/// Leaves in the store what existed at the freeze, and nothing else.
+/// Leaves in the store what existed at the freeze, and nothing else; of what
+/// is `owed` not even what came before.
 fn settle(
     store: &dyn PageStore,
     sets: Vec<(Space, PageSet)>,
+    owed: &[(Space, PageSet)],
 ) -> Result<Vec<(Space, PageSet)>, MigrationError> {
     let existing: HashSet<Space> = sets.iter().map(|(space, _)| *space).collect();
     for space in store.spaces() {
@@ -224,8 +253,27 @@ fn settle(
             store.present(space, &PageSet::new())?;
         }
     }
+    for (space, _) in owed {
+        if !existing.contains(space) || matches!(space, Space::Shared(_)) {
+            return Err(MigrationError::malformed(format!("pages owed of {space}")));
+        }
+    }
     for (space, pages) in &sets {
-        store.present(*space, pages)?;
+        let Some((_, late)) = owed.iter().find(|(of, _)| of == space) else {
+            store.present(*space, pages)?;
+            continue;
+        };
+        let mut here = pages.clone();
+        here.subtract(late);
+        store.present(*space, &here)?;
+        if here.pages() + late.pages() != pages.pages() {
+            return Err(MigrationError::malformed(format!("pages owed that {space} has not")));
+        }
+        store.expect(*space, pages)?;
     }
     Ok(sets)
+}
+
+async fn hear_source(channel: &mut Channel) -> Result<Message, MigrationError> {
+    not_aborted(hear(&mut channel.reader).await?)
 }
