@@ -5,11 +5,12 @@ UNITDIR ?= $(PREFIX)/lib/systemd/system
 CARGO ?= cargo
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 
-.PHONY: help deps build demo test bench bench-quick bench-shim install clean
+.PHONY: help deps build demo test fuzz bench bench-quick bench-shim install clean
 
 help:
 	@echo "make demo        show it: a Redis with a writing client moves to another node and back"
 	@echo "make test        everything: unit tests, both ends in one process, the real thing"
+	@echo "make fuzz        every door that foreign bytes come in at, SECONDS=60 each (nightly)"
 	@echo "make bench       pauses and throughput beside CRIU's own ways (docs/benchmarks.md)"
 	@echo "make bench-quick the same in under four minutes, for seven figures"
 	@echo "make bench-shim  our shim beside containerd's own for runc: start time and memory"
@@ -33,6 +34,10 @@ test: deps
 	$(CARGO) build --workspace --lib --bins
 	$(CARGO) test --workspace --exclude transship-integration
 	$(CARGO) test --package transship-integration -- --test-threads=1
+
+# The shell's own SECONDS counts; hence the other name.
+fuzz:
+	@SECONDS_EACH=$(or $(SECONDS),60) hack/fuzz.sh
 
 bench: build
 	@$(TARGET)/release/bench

@@ -23,7 +23,7 @@
 //! finds nothing that it may remove.
 
 mod arriving;
-mod blob;
+pub(crate) mod blob;
 mod content;
 mod daemon;
 mod error;

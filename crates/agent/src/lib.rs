@@ -18,6 +18,9 @@ mod control;
 pub mod daemon;
 mod doors;
 pub mod failure;
+#[cfg(feature = "fuzz")]
+#[doc(hidden)]
+pub mod fuzz;
 mod host;
 pub mod identity;
 mod listener;

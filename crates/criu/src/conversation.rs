@@ -121,7 +121,7 @@ enum State {
 
 // Field numbers of `criu_req` and its parts (proto/criu.proto).
 const REQ_TYPE: u32 = 1;
-const REQ_OPTS: u32 = 2;
+pub(crate) const REQ_OPTS: u32 = 2;
 const RESP_NOTIFY: u32 = 5;
 const NOTIFY_SCRIPT: u32 = 1;
 const NOTIFY_PID: u32 = 2;
@@ -302,7 +302,7 @@ impl Conversation {
             return Ok(None);
         }
         let packet = self.next_of_criu().await?;
-        match self.read(&packet)? {
+        match read(&packet)? {
             Said::Notification(notified) => {
                 self.last.clone_from(&notified.script);
                 self.state = State::Held(packet);
@@ -446,27 +446,6 @@ impl Conversation {
         }
     }
 
-    fn read(&self, packet: &Packet) -> Result<Said, CriuError> {
-        let bad = |source| CriuError::Malformed { from: Side::Criu, source };
-        let fields = Fields::parse(&packet.bytes).map_err(bad)?;
-        if fields.varint(REQ_TYPE) == Some(CriuReqType::Notify as u64) {
-            let notify = fields.bytes(RESP_NOTIFY).ok_or(bad(BadFields::Missing))?;
-            let notify = Fields::parse(notify).map_err(bad)?;
-            let script = notify.bytes(NOTIFY_SCRIPT).ok_or(bad(BadFields::Missing))?;
-            let script = String::from_utf8_lossy(script).into_owned();
-            let pid = notify.varint(NOTIFY_PID).map(|pid| pid as i32).filter(|&pid| pid > 0);
-            return Ok(Said::Notification(Notified { script, pid }));
-        }
-        let answer =
-            CriuResp::decode(packet.bytes.as_slice()).map_err(|_| bad(BadFields::Missing))?;
-        Ok(Said::Answer(Outcome {
-            success: answer.success,
-            pid: answer.restore.map(|restore| restore.pid),
-            errno: answer.cr_errno,
-            message: answer.cr_errmsg.as_deref().and_then(log::plain),
-        }))
-    }
-
     fn criu_died(&self) -> CriuError {
         CriuError::CriuDied { during: self.last.clone(), stderr: self.dir.stderr() }
     }
@@ -476,12 +455,33 @@ impl Conversation {
     }
 }
 
-enum Said {
+/// What CRIU says in a packet.
+pub(crate) fn read(packet: &Packet) -> Result<Said, CriuError> {
+    let bad = |source| CriuError::Malformed { from: Side::Criu, source };
+    let fields = Fields::parse(&packet.bytes).map_err(bad)?;
+    if fields.varint(REQ_TYPE) == Some(CriuReqType::Notify as u64) {
+        let notify = fields.bytes(RESP_NOTIFY).ok_or(bad(BadFields::Missing))?;
+        let notify = Fields::parse(notify).map_err(bad)?;
+        let script = notify.bytes(NOTIFY_SCRIPT).ok_or(bad(BadFields::Missing))?;
+        let script = String::from_utf8_lossy(script).into_owned();
+        let pid = notify.varint(NOTIFY_PID).map(|pid| pid as i32).filter(|&pid| pid > 0);
+        return Ok(Said::Notification(Notified { script, pid }));
+    }
+    let answer = CriuResp::decode(packet.bytes.as_slice()).map_err(|_| bad(BadFields::Missing))?;
+    Ok(Said::Answer(Outcome {
+        success: answer.success,
+        pid: answer.restore.map(|restore| restore.pid),
+        errno: answer.cr_errno,
+        message: answer.cr_errmsg.as_deref().and_then(log::plain),
+    }))
+}
+
+pub(crate) enum Said {
     Notification(Notified),
     Answer(Outcome),
 }
 
-fn decode_options(request: &Fields) -> Result<CriuOpts, BadFields> {
+pub(crate) fn decode_options(request: &Fields) -> Result<CriuOpts, BadFields> {
     let opts = request.bytes(REQ_OPTS).ok_or(BadFields::Missing)?;
     CriuOpts::decode(opts).map_err(|_| BadFields::Missing)
 }

@@ -24,6 +24,9 @@ mod conversation;
 mod error;
 pub mod features;
 pub mod fields;
+#[cfg(feature = "fuzz")]
+#[doc(hidden)]
+pub mod fuzz;
 mod gate;
 mod hide;
 pub mod images;

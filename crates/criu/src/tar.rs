@@ -12,8 +12,8 @@
 //! are not compressed, because they never leave memory but for the link, whose
 //! time is less than that of gzip.
 
-mod create;
-mod extract;
+pub(crate) mod create;
+pub(crate) mod extract;
 
 use std::{
     env,

@@ -17,6 +17,9 @@ mod channel;
 mod connect;
 mod credentials;
 mod error;
+#[cfg(feature = "fuzz")]
+#[doc(hidden)]
+pub mod fuzz;
 pub mod in_memory;
 mod limits;
 pub mod local;

@@ -43,6 +43,9 @@ pub mod decide;
 mod error;
 #[cfg(any(test, feature = "fake"))]
 pub mod fake;
+#[cfg(feature = "fuzz")]
+#[doc(hidden)]
+pub mod fuzz;
 pub mod handoff;
 mod history;
 pub mod journal;

@@ -24,6 +24,8 @@ use tokio::runtime;
 
 use crate::MigrationError;
 
+#[cfg(feature = "fuzz")]
+pub(crate) use batch::Checked;
 pub(crate) use batch::{numbers, ranges, sort, space, space_name};
 pub use limit::RateLimit;
 pub(crate) use receive::put;
