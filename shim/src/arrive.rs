@@ -39,6 +39,7 @@ use crate::{
     held::{Held, LOG_LEVEL},
     netns,
     restore::{DESCRIPTORS, external_descriptors, stand_in},
+    tmpfs,
 };
 
 /// How long a created container waits for its source. The agents are done
@@ -79,8 +80,10 @@ pub async fn arrive(
     let images = Arc::new(images);
     let inbound = Inbound::new().map_err(Error::other(failed("there is no memory for it")))?;
     let failed = format!("container {id} did not arrive from {peer}");
+    let tmpfs = tmpfs::Incoming::new(&revival.context.bundle);
     let mut landing = Landing {
         revival,
+        tmpfs,
         images,
         peer,
         migration,
@@ -91,6 +94,8 @@ pub async fn arrive(
         network: None,
     };
     let arrived = transship_migration::arrive(channel, &mut landing, ticket, cancel).await;
+    // CRIU has its own mounts of them by now.
+    landing.tmpfs.remove().await;
     let arrived = arrived.map_err(|error| match error {
         MigrationError::Cancelled => Error::killed_unborn(&id),
         error => Error::other(failed)(error),
@@ -111,6 +116,7 @@ struct Landing<'a> {
     held: Option<Held>,
     /// Pages come on lanes of their own.
     inbound: Inbound,
+    tmpfs: tmpfs::Incoming,
     /// Made for it, with CRIU in it.
     network: Option<File>,
 }
@@ -165,6 +171,7 @@ impl Target for Landing<'_> {
         let network = self.network.as_ref().map(own_path);
         let log = work.join("restore.log");
         let held = Held::start_in(network, &context.oci, command, log).await?;
+        self.tmpfs.prepare(held.criu_pid())?;
         self.held.insert(held).lock_network_quickly().await
     }
 
@@ -211,8 +218,10 @@ impl Target for Landing<'_> {
             (restored.lazy, restored.criu_pages) =
                 self.inbound.serve(self.images.clone(), present, wanted).await?;
         }
+        let mounts = self.tmpfs.make(&self.images).await?;
         let held = self.held()?;
         held.conversation()?.amend(|request| {
+            mounts.amend(request);
             if let Some(remembered) = remembered {
                 remembered.apply(request);
             }
@@ -245,11 +254,13 @@ impl Target for Landing<'_> {
     }
 
     async fn discard(&mut self) -> std::result::Result<(), MigrationError> {
+        self.tmpfs.dismiss().await;
         if let Some(held) = self.held.take() {
             held.abandon().await?;
         }
         // Only now that nobody is there any more.
         self.inbound.stop()();
+        self.tmpfs.remove().await;
         let context = &self.revival.context;
         let deleted = context.oci.delete(context.id(), true).await;
         deleted.map_err(|error| MigrationError::runtime("discard", error.sentence()))

@@ -153,6 +153,14 @@ impl Cgroup {
         Ok(names.iter().filter_map(|name| numbers.get(name)).sum::<u64>() + swap)
     }
 
+    /// Makes `pid` a member, as far as memory goes: what it uses from now on
+    /// is charged to the group.
+    pub fn take_memory_of(&self, pid: i32) -> Result<()> {
+        let path = self.required("memory")?.join("cgroup.procs");
+        write_cgroup_file_str(&path, &pid.to_string())
+            .map_err(Error::other(format!("write {}", path.display())))
+    }
+
     /// Stops every process of the group; returns once all stand still.
     /// Blocks for some milliseconds: not for the runtime's own thread.
     pub fn freeze(&self) -> Result<()> {

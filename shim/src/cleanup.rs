@@ -23,6 +23,7 @@ use crate::{
     options::RuntimeOptions,
     pod::{answers, remove_quietly, remove_stale_control},
     start::socket_path,
+    tmpfs,
 };
 
 pub fn delete(flags: &Flags) -> Result<()> {
@@ -46,6 +47,9 @@ pub fn delete(flags: &Flags) -> Result<()> {
         }
         if let Err(error) = mounts::unmount(&bundle.join("rootfs")).await {
             complain("unmount the root filesystem", &error);
+        }
+        if let Err(error) = mounts::unmount(&bundle.join(tmpfs::DIRECTORY)).await {
+            complain("unmount what was made for a restore", &error);
         }
     });
     Gate::sweep();

@@ -19,6 +19,7 @@ use crate::{
     held::{Held, LOG_LEVEL},
     netns,
     restore::DESCRIPTORS,
+    tmpfs,
 };
 
 /// How long killed processes may take to go: they wait for nothing but the
@@ -36,6 +37,7 @@ pub struct Leaving {
     connect: Option<Connect>,
     throttle: Option<Throttle>,
     outbound: Option<Outbound>,
+    tmpfs: Option<tmpfs::Outgoing>,
     /// Why there is no `outbound`.
     fallback: Option<String>,
     /// CRIU has been told to go on: tasks may stand still.
@@ -62,6 +64,7 @@ impl Leaving {
             connect: None,
             throttle: throttle.ok(),
             outbound: None,
+            tmpfs: None,
             fallback: None,
             released: false,
             guarded: false,
@@ -81,6 +84,19 @@ impl Leaving {
     fn held(&mut self) -> Result<&mut Held> {
         let missing = || MigrationError::runtime("dump", "it was not prepared");
         self.held.as_mut().ok_or_else(missing)
+    }
+
+    async fn dump_processes(&mut self) -> Result<()> {
+        let hidden = self.outbound.as_ref().filter(|outbound| outbound.is_hidden());
+        let Some(shared) = hidden.map(Outbound::shared) else {
+            return self.held()?.until("dump", "post-dump").await;
+        };
+        self.held()?.empty(&shared)?;
+        let cgroup = self.occupation.cgroup().map_err(step("dump"))?.clone();
+        let (guards, dumped) =
+            tokio::join!(outbound::guards(&cgroup), self.held()?.until("dump", "post-dump"));
+        dumped?;
+        outbound::add_guards(self.images.clone(), guards?).await
     }
 
     /// What was begun is undone, and the container runs.
@@ -167,8 +183,11 @@ impl Source for Leaving {
         }
         let mut held = Held::start_isolated_in(network, hollow, &context.oci, command, log).await?;
         held.lock_network_quickly().await?;
+        let options = held.conversation()?.options();
+        let tmpfs = tmpfs::Outgoing::hold(self.occupation.pid(), options).await;
         held.conversation()?.amend(|request| {
             crate::checkpoint::amend(request);
+            tmpfs.amend(request);
             // CRIU polls the freezer in steps of 100 ms; ptrace alone stops
             // the tasks in a few.
             request.freeze_cgroup(None);
@@ -183,6 +202,7 @@ impl Source for Leaving {
                 self.fallback = Some(why);
             }
         }
+        self.tmpfs = Some(tmpfs);
         self.held = Some(held);
         Ok(())
     }
@@ -241,16 +261,13 @@ impl Source for Leaving {
     }
 
     async fn dump(&mut self) -> Result<()> {
-        let hidden = self.outbound.as_ref().filter(|outbound| outbound.is_hidden());
-        let Some(shared) = hidden.map(Outbound::shared) else {
-            return self.held()?.until("dump", "post-dump").await;
-        };
-        self.held()?.empty(&shared)?;
-        let cgroup = self.occupation.cgroup().map_err(step("dump"))?.clone();
-        let (guards, dumped) =
-            tokio::join!(outbound::guards(&cgroup), self.held()?.until("dump", "post-dump"));
-        dumped?;
-        outbound::add_guards(self.images.clone(), guards?).await
+        self.dump_processes().await?;
+        // Afterwards, because CRIU gives names to deleted files that are still
+        // linked somewhere.
+        match &self.tmpfs {
+            Some(tmpfs) => tmpfs.save(self.images.clone()).await,
+            None => Ok(()),
+        }
     }
 
     async fn guard(&mut self) -> Result<()> {

@@ -33,6 +33,7 @@ mod stdio;
 #[allow(unsafe_code)]
 mod sys;
 mod task;
+mod tmpfs;
 mod tree;
 mod tuning;
 
@@ -47,6 +48,7 @@ fn main() -> ExitCode {
     // CRIU, and then nothing of the shim may happen.
     transship_criu::stub::become_criu_if_asked();
     guardian::stand_guard_if_asked();
+    tmpfs::fill_if_asked();
     sys::spare_memory();
     match run() {
         Ok(()) => ExitCode::SUCCESS,

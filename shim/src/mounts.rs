@@ -95,7 +95,10 @@ pub fn unescaped(field: &str) -> String {
     out + rest
 }
 
-async fn on_own_thread(work: impl FnOnce() -> Result<()> + Send + 'static) -> Result<()> {
+/// On a thread that ends with the work, for what changes the thread itself.
+pub async fn on_own_thread<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
     let (done, outcome) = oneshot::channel();
     std::thread::Builder::new()
         .name("mounts".into())

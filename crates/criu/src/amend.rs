@@ -113,4 +113,11 @@ impl<'a> Amendments<'a> {
     pub fn external(&mut self, resource: &str) {
         self.fields.add_bytes(opt::EXTERNAL, resource.as_bytes());
     }
+
+    /// For a dump: what is mounted on `from` in the container is not saved,
+    /// and images know it as `to`. For a restore: what images know as `from`
+    /// is bound from the path `to`.
+    pub fn external_mount(&mut self, from: &str, to: &str) {
+        self.external(&format!("mnt[{from}]:{to}"));
+    }
 }

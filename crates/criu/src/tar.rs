@@ -3,7 +3,9 @@
 //! CRIU saves and restores the contents of a tmpfs (`/dev`, `/dev/shm`, each
 //! masked directory: five or so in a container, nearly all of them empty) by
 //! running `tar --gzip`, which starts a shell and gzip: three programs for
-//! every mount, all of them in the pause. The gate puts this program in CRIU's
+//! every mount, while the container stands still. A migration takes most of
+//! them away from CRIU ([`Amendments::external_mount`](crate::Amendments));
+//! this is for the rest, and for checkpoints. The gate puts this program in CRIU's
 //! `PATH` under that name. It serves CRIU's two command lines itself and in
 //! one process; for anything else, and for whatever it meets that it does not
 //! know, it starts over as the real tar.

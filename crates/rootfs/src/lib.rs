@@ -18,6 +18,8 @@
 //! opaque and redirected directories and metadata-only copies, in the way its
 //! own kernel wants them, and no `trusted.overlay.*` ever travels.
 //!
+//! The same stream carries a tmpfs that only the container has ([`tmpfs`]).
+//!
 //! All of it is blocking I/O. The format is documented in docs/protocol.md,
 //! section "Writable layer".
 #![deny(unsafe_code)]
@@ -32,6 +34,7 @@ mod mounts;
 mod send;
 #[allow(unsafe_code)]
 mod sys;
+pub mod tmpfs;
 mod tree;
 mod walk;
 

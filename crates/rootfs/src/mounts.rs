@@ -119,31 +119,53 @@ fn resolve_upper(upper: &Path, merged: &Path) -> Result<PathBuf, RootfsError> {
 }
 
 /// One line of /proc/self/mountinfo (proc_pid_mountinfo(5)).
-#[derive(Debug, PartialEq, Eq)]
-struct Mount<'a> {
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Mount<'a> {
+    pub(crate) id: u64,
+    /// Of the file system, as `major:minor`.
+    pub(crate) device: &'a [u8],
     /// The part of the file system that is mounted.
-    root: PathBuf,
-    point: PathBuf,
-    kind: &'a [u8],
-    /// Still escaped, so that a comma is a separator.
-    options: &'a [u8],
+    pub(crate) root: PathBuf,
+    pub(crate) point: PathBuf,
+    /// Of this mount alone.
+    pub(crate) flags: &'a [u8],
+    /// It gives mounts to others, gets them from others, or refuses to be
+    /// bound.
+    pub(crate) propagates: bool,
+    pub(crate) kind: &'a [u8],
+    pub(crate) source: OsString,
+    /// Of the file system. Still escaped, so that a comma is a separator.
+    pub(crate) options: &'a [u8],
 }
 
 impl<'a> Mount<'a> {
     /// The last mount on a point covers the earlier ones.
     fn last_on(table: &'a [u8], point: &Path) -> Option<Self> {
-        table.split(|&b| b == b'\n').filter_map(Self::parse).rfind(|m| m.point == point)
+        Self::all(table).rfind(|m| m.point == point)
+    }
+
+    /// Every line that is one.
+    pub(crate) fn all(table: &'a [u8]) -> impl DoubleEndedIterator<Item = Self> {
+        table.split(|&b| b == b'\n').filter_map(Self::parse)
     }
 
     fn parse(line: &'a [u8]) -> Option<Self> {
         let mut fields = line.split(|&b| b == b' ');
-        let root = unescape(fields.nth(3)?);
-        let point = unescape(fields.next()?);
-        // Per-mount options and a varying number of optional fields up to "-".
-        fields.find(|&field| field == b"-")?;
+        let id = std::str::from_utf8(fields.next()?).ok()?.parse().ok()?;
+        let _parent = fields.next()?;
+        let device = fields.next()?;
+        let root = unescape(fields.next()?).into();
+        let point = unescape(fields.next()?).into();
+        let flags = fields.next()?;
+        // A varying number of optional fields up to "-".
+        let propagates = fields.next()? != b"-";
+        if propagates {
+            fields.find(|&field| field == b"-")?;
+        }
         let kind = fields.next()?;
-        let _source = fields.next()?;
-        Some(Self { root: root.into(), point: point.into(), kind, options: fields.next()? })
+        let source = unescape(fields.next()?);
+        let options = fields.next()?;
+        Some(Self { id, device, root, point, flags, propagates, kind, source, options })
     }
 
     fn has(&self, option: &[u8]) -> bool {

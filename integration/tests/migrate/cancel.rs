@@ -6,7 +6,9 @@ use anyhow::{Result, ensure};
 use nix::sys::signal::Signal;
 use transship_integration::{agents::Command, eventually, images::Image};
 
-use crate::world::{World, count, counts_on, refused_with, runs_on, unchanged, with_agents};
+use crate::world::{
+    FOR_TAR, World, count, counts_on, refused_with, runs_on, unchanged, with_agents,
+};
 
 const ID: &str = "staying";
 
@@ -107,7 +109,7 @@ fn while_the_shims_have_it() -> Result<()> {
             "dd if=/dev/urandom of=/dev/shm/large bs=1M count=16 2> /dev/null; {}",
             crate::world::COUNTER
         );
-        world.start(a, ID, &[], &script)?;
+        world.start(a, ID, &[FOR_TAR], &script)?;
         counts_on(a, ID, 0)?;
         let here = a.inventory()?;
 

@@ -5,7 +5,9 @@ use anyhow::{Result, ensure};
 use nix::sys::signal::Signal;
 use transship_integration::{eventually, until};
 
-use crate::world::{COUNTER, World, counts_on, refused_with, runs_on, unchanged, with_agents};
+use crate::world::{
+    COUNTER, FOR_TAR, World, counts_on, refused_with, runs_on, unchanged, with_agents,
+};
 
 const ID: &str = "lucky";
 
@@ -56,7 +58,7 @@ fn a_restore_that_fails() -> Result<()> {
 fn the_targets_agent_dies() -> Result<()> {
     with_agents(|world| {
         let World { a, b, .. } = world;
-        world.start_counter(a, ID, &[])?;
+        world.start_counter(a, ID, &[FOR_TAR])?;
         let here = a.inventory()?;
 
         // Before its shim has it: the source goes on, the next agent cleans up.
@@ -96,7 +98,7 @@ fn the_targets_agent_dies() -> Result<()> {
 fn the_sources_agent_dies() -> Result<()> {
     with_agents(|world| {
         let World { a, b, .. } = world;
-        world.start_counter(a, ID, &[])?;
+        world.start_counter(a, ID, &[FOR_TAR])?;
         let here = a.inventory()?;
         let tar = b.gate("tar")?;
         tar.shut()?;
@@ -127,7 +129,7 @@ fn the_sources_agent_dies() -> Result<()> {
 fn the_targets_shim_and_daemon_die() -> Result<()> {
     with_agents(|world| {
         let World { a, b, .. } = world;
-        world.start_counter(a, ID, &[])?;
+        world.start_counter(a, ID, &[FOR_TAR])?;
         let here = a.inventory()?;
 
         let tar = b.gate("tar")?;
@@ -163,7 +165,7 @@ fn the_targets_shim_and_daemon_die() -> Result<()> {
 fn the_link_breaks() -> Result<()> {
     with_agents(|world| {
         let World { a, b, .. } = world;
-        world.start_counter(a, ID, &[])?;
+        world.start_counter(a, ID, &[FOR_TAR])?;
         let here = a.inventory()?;
         let tar = b.gate("tar")?;
         tar.shut()?;

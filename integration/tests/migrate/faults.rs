@@ -3,11 +3,11 @@
 use anyhow::{Result, ensure};
 use transship_integration::eventually;
 
-use crate::world::{COUNTER, World, count, counts_on, refused_with, runs_on, with_agents};
+use crate::world::{COUNTER, FOR_TAR, World, count, counts_on, refused_with, runs_on, with_agents};
 
-/// A counter, and a file that CRIU needs a tar for.
+/// A counter, and a tmpfs that CRIU needs a tar for.
 fn start(world: &World) -> Result<()> {
-    world.start(&world.a, "c", &[], &format!("echo here > /dev/shm/file; {COUNTER}"))?;
+    world.start(&world.a, "c", &[FOR_TAR], &format!("echo here > /dev/shm/file; {COUNTER}"))?;
     counts_on(&world.a, "c", 0)
 }
 

@@ -11,4 +11,5 @@ mod post_copy;
 mod refusals;
 mod room;
 mod shared;
+mod tmpfs;
 mod world;

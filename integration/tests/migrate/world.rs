@@ -101,6 +101,10 @@ impl World {
 pub const COUNTER: &str = "i=0; while true; do i=$((i+1)); echo $i > /tmp/new; \
                            mv /tmp/new /tmp/count; sleep 0.02; done";
 
+/// A tmpfs that is left to CRIU, because it shares mounts: with the gate
+/// `tar` a test can hold CRIU in its dump and in its restore.
+pub const FOR_TAR: &str = "--mount=type=tmpfs,src=tmpfs,dst=/kept,options=shared";
+
 pub fn refused_with(answer: std::result::Result<Value, Refused>, code: &str) -> Result<Refused> {
     let refused = match answer {
         Ok(report) => anyhow::bail!("it should be refused with {code}, but: {report}"),

@@ -47,8 +47,8 @@ impl Surroundings {
     }
 }
 
-/// The tmpfs mounts of the container; their device numbers. Each mount costs
-/// CRIU a program, the files of each file system travel once.
+/// The tmpfs mounts of the container; their device numbers. The files of each
+/// file system travel once.
 fn tmpfs(init: i32, found: &mut Surroundings) -> BTreeSet<u64> {
     let table = fs::read_to_string(format!("/proc/{init}/mountinfo")).unwrap_or_default();
     let mut devices = BTreeSet::new();
