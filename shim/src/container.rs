@@ -43,6 +43,7 @@ mod revival;
 
 use std::{
     collections::BTreeMap,
+    fs,
     path::{Path, PathBuf},
 };
 
@@ -92,8 +93,10 @@ impl Context {
     /// anybody asking for it.
     pub fn spec(&self) -> Result<oci_spec::runtime::Spec> {
         let path = self.bundle.join("config.json");
-        oci_spec::runtime::Spec::load(&path)
-            .map_err(Error::other(format!("read {}", path.display())))
+        let text = fs::read(&path).map_err(Error::io(format!("read {}", path.display())))?;
+        serde_json::from_slice(&text).map_err(|error| {
+            Error::Internal(format!("read {}: {}", path.display(), Error::json(&error)))
+        })
     }
 
     /// The root of the container's filesystem.

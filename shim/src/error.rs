@@ -3,6 +3,7 @@
 use std::{io, path::Path};
 
 use containerd_shim_protos::ttrpc::{self, Code};
+use serde_json::error::Category;
 use thiserror::Error;
 
 pub type Result<T> = std::result::Result<T, Error>;
@@ -65,6 +66,18 @@ impl Error {
         Error::NotFound(format!("container {id} was deleted"))
     }
 
+    /// Where JSON is wrong, and not what is there: the library quotes the
+    /// value, which in a spec may be a container's secret.
+    pub fn json(error: &serde_json::Error) -> String {
+        let what = match error.classify() {
+            Category::Data => "a value of the wrong kind",
+            Category::Syntax => "no JSON",
+            Category::Eof => "the text ends",
+            Category::Io => "the text cannot be read",
+        };
+        format!("{what} in line {} at column {}", error.line(), error.column())
+    }
+
     /// The whole chain of causes in one line.
     pub fn sentence(&self) -> String {
         let mut text = self.to_string();
@@ -101,6 +114,20 @@ impl From<Error> for ttrpc::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_spec_that_is_wrong_is_not_quoted() {
+        for (json, said) in [
+            (r#"{"process":{"env":"CANARY"}}"#, "a value of the wrong kind in line 1"),
+            (r#"{"annotations":["CANARY"]}"#, "a value of the wrong kind in line 1"),
+            (r#"{"root": CANARY}"#, "no JSON in line 1"),
+            (r#"{"root": "CANARY"#, "the text ends in line 1"),
+        ] {
+            let error = serde_json::from_str::<oci_spec::runtime::Spec>(json).unwrap_err();
+            let shown = Error::json(&error);
+            assert!(shown.contains(said) && !shown.contains("CANARY"), "{shown}");
+        }
+    }
 
     #[test]
     fn a_client_sees_every_cause_once() {

@@ -174,7 +174,10 @@ impl Task for Tasks {
         let container = self.pod.find(&request.id)?;
         let resources = request.resources.into_option().unwrap_or_default().value;
         serde_json::from_slice::<oci_spec::runtime::LinuxResources>(&resources).map_err(
-            |error| Error::InvalidArgument(format!("the resources are no LinuxResources: {error}")),
+            |error| {
+                let why = Error::json(&error);
+                Error::InvalidArgument(format!("the resources are no LinuxResources: {why}"))
+            },
         )?;
         container.update(resources).await?;
         Ok(Empty::new())

@@ -24,6 +24,7 @@ pub mod fuzz;
 mod host;
 pub mod identity;
 mod listener;
+pub mod logging;
 pub mod node;
 mod offer;
 pub mod plan;

@@ -11,12 +11,13 @@ use std::{
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use tokio::signal::unix::{SignalKind, signal};
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::util::SubscriberInitExt;
 use transship_agent::{
     authority::{self, Member},
     config::{Config, PORT},
     containerd::Containerd,
     failure::chain,
+    logging,
     node::{Node, Places},
     serve,
     shim::TtrpcShims,
@@ -210,12 +211,8 @@ fn revoke(whose: &[String], dir: &Path) -> anyhow::Result<()> {
 
 #[tokio::main]
 async fn run(flags: Serve) -> anyhow::Result<()> {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_ansi(io::stderr().is_terminal())
-        .with_writer(io::stderr)
-        .init();
+    let asked = std::env::var("RUST_LOG").ok();
+    logging::to(io::stderr, io::stderr().is_terminal(), asked.as_deref()).init();
 
     let config = configured(flags)?;
     let daemon = Arc::new(Containerd::at(&config.containerd.address));

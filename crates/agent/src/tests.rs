@@ -11,5 +11,6 @@ mod moves;
 mod plans;
 mod refuses;
 mod rotation;
+mod secrets;
 mod tickets;
 mod world;

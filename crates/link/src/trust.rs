@@ -12,6 +12,7 @@ use rustls::{
     client::{Resumption, WebPkiServerVerifier},
     crypto::ring,
     server::{NoServerSessionStorage, WebPkiClientVerifier, danger::ClientCertVerifier},
+    sign::{CertifiedKey, SingleCertAndKey},
     version::TLS13,
 };
 use rustls_pki_types::{
@@ -20,6 +21,7 @@ use rustls_pki_types::{
 use time::OffsetDateTime;
 use transship_types::{DOMAIN, NodeName};
 use x509_parser::prelude::{CertificateRevocationList, FromDer, X509Certificate};
+use zeroize::Zeroizing;
 
 use crate::{Credentials, LinkError, Pem};
 
@@ -45,7 +47,6 @@ impl Trust {
         let files = &pem.files;
         let roots = roots(&files.ca, &pem.ca)?;
         let chain = certificates(&files.certificate, &pem.certificate)?;
-        let key = PrivateKeyDer::from_pem_slice(&pem.key).map_err(|e| unusable(&files.key, e))?;
         let (crls, crl_until) = match (&files.crl, &pem.crl) {
             (Some(path), Some(bytes)) => revocations(path, bytes)?,
             _ => Default::default(),
@@ -59,6 +60,7 @@ impl Trust {
         // for one that names nobody. One that is out of date holds on: what
         // it revokes stays revoked, and a CA that is away stops no node.
         let crl = files.crl.as_ref().unwrap_or(&files.ca);
+        let own = Arc::new(SingleCertAndKey::from(own(files, pem, &chain)?));
         let provider = Arc::new(ring::default_provider());
         let servers = WebPkiServerVerifier::builder_with_provider(roots.clone(), provider.clone())
             .with_crls(crls.iter().cloned())
@@ -73,8 +75,7 @@ impl Trust {
             .with_protocol_versions(&[&TLS13])
             .map_err(|e| unusable(&files.ca, e))?
             .with_webpki_verifier(servers)
-            .with_client_auth_cert(chain.clone(), key.clone_key())
-            .map_err(|e| unusable(&files.key, e))?;
+            .with_client_cert_resolver(own.clone());
         // Every connection proves both certificates anew: a resumed session
         // would outlive the certificate that began it.
         client.resumption = Resumption::disabled();
@@ -83,8 +84,7 @@ impl Trust {
             .with_protocol_versions(&[&TLS13])
             .map_err(|e| unusable(&files.ca, e))?
             .with_client_cert_verifier(clients.clone())
-            .with_single_cert(chain.clone(), key)
-            .map_err(|e| unusable(&files.key, e))?;
+            .with_cert_resolver(own);
         server.session_storage = Arc::new(NoServerSessionStorage {});
         server.send_tls13_tickets = 0;
 
@@ -141,6 +141,22 @@ impl std::fmt::Debug for Trust {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Trust").field("node", &self.node).finish_non_exhaustive()
     }
+}
+
+/// What this node shows. The key is wiped out once the library has made its
+/// own of it, which it keeps for as long as connections may begin.
+fn own(
+    files: &Credentials,
+    pem: &Pem,
+    chain: &[CertificateDer<'static>],
+) -> Result<CertifiedKey, LinkError> {
+    let unusable_key = |why: String| unusable(&files.key, why);
+    let key = PrivateKeyDer::from_pem_slice(&pem.key).map_err(|e| unusable_key(e.to_string()))?;
+    let key = Zeroizing::new(key);
+    let signing = ring::sign::any_supported_type(&key).map_err(|e| unusable_key(e.to_string()))?;
+    let own = CertifiedKey::new(chain.to_vec(), signing);
+    own.keys_match().map_err(|e| unusable_key(e.to_string()))?;
+    Ok(own)
 }
 
 fn roots(path: &Path, pem: &[u8]) -> Result<Arc<RootCertStore>, LinkError> {

@@ -5,6 +5,7 @@ use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
+use zeroize::Zeroize;
 
 /// A name that cannot be what it claims to be.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -67,13 +68,33 @@ fn check_identifier(what: &'static str, text: &str) -> Result<(), InvalidName> {
     }
 }
 
-macro_rules! hex_name {
-    ($(#[$doc:meta])* $name:ident, $what:literal) => {
-        $(#[$doc])*
-        #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-        #[serde(try_from = "String", into = "String")]
-        pub struct $name(String);
+/// One attempt to move one container.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct MigrationId(String);
 
+/// The single-use right to arrive: binds a source's connection to the
+/// container that waits for it. A secret while it is good for anything: errors
+/// and `Debug` do not show it, and dropping it wipes it out.
+#[derive(Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Ticket(String);
+
+impl fmt::Debug for Ticket {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Ticket(…)")
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        self.0.zeroize();
+    }
+}
+
+/// 32 hex digits; `$shown` is what an error may show of a text that is not.
+macro_rules! hex_name {
+    ($name:ident, $what:literal, $shown:expr) => {
         impl $name {
             /// From 16 random bytes.
             pub fn from_random(bytes: [u8; 16]) -> Self {
@@ -91,7 +112,12 @@ macro_rules! hex_name {
             fn from_str(text: &str) -> Result<Self, InvalidName> {
                 let hex = text.len() == 32
                     && text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
-                if hex { Ok(Self(text.into())) } else { Err(invalid($what, text, "32 hex digits wanted")) }
+                let shown: fn(&str) -> &str = $shown;
+                if hex {
+                    Ok(Self(text.into()))
+                } else {
+                    Err(invalid($what, shown(text), "32 hex digits wanted"))
+                }
             }
         }
 
@@ -104,8 +130,8 @@ macro_rules! hex_name {
         }
 
         impl From<$name> for String {
-            fn from(name: $name) -> String {
-                name.0
+            fn from(mut name: $name) -> String {
+                std::mem::take(&mut name.0)
             }
         }
 
@@ -117,15 +143,8 @@ macro_rules! hex_name {
     };
 }
 
-hex_name! {
-    /// One attempt to move one container.
-    MigrationId, "migration"
-}
-hex_name! {
-    /// The single-use right to arrive: binds a source's connection to the
-    /// container that waits for it.
-    Ticket, "ticket"
-}
+hex_name!(MigrationId, "migration", |text| text);
+hex_name!(Ticket, "ticket", |_| "…");
 
 /// How often a container has changed hands: a higher epoch fences a lower one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -221,7 +240,9 @@ mod tests {
         assert_eq!(ticket.as_str().len(), 32);
         let node: NodeName = "node-a".parse().unwrap();
         assert_eq!(node.ticket_dns(&ticket), format!("{ticket}.node-a.transship.internal"));
-        assert!("AB".repeat(16).parse::<Ticket>().is_err());
+        let wrong = "AB".repeat(16).parse::<Ticket>().unwrap_err();
+        assert!(!wrong.to_string().contains("AB"), "{wrong}");
+        assert!(!format!("{ticket:?}").contains("ab"));
         assert!("a.b".parse::<NodeName>().is_err());
     }
 }

@@ -200,7 +200,8 @@ impl Head {
         let path = bundle.join("config.json");
         let text = fs::read(&path).map_err(Error::io(format!("read {}", path.display())))?;
         serde_json::from_slice(&text).map_err(|error| {
-            Error::InvalidArgument(format!("{} is no OCI spec: {error}", path.display()))
+            let why = Error::json(&error);
+            Error::InvalidArgument(format!("{} is no OCI spec: {why}", path.display()))
         })
     }
 

@@ -36,6 +36,9 @@ use crate::{
 /// A runtime whose shim is surely installed: a path is itself.
 pub const RUNTIME: &str = "/bin/sh";
 
+/// What is in the memory of a container that leaves.
+pub const PAGES: &[u8] = b"canary-of-the-memory";
+
 type Daemonic<T> = Result<T, DaemonError>;
 
 #[derive(Default)]
@@ -581,7 +584,7 @@ async fn until_prepared(
     let (node, ticket) = (request.node.parse()?, request.ticket.parse()?);
     let mut target = connect_ticket(&trust, &request.address, &node, &ticket).await?;
     fake.pass("pages").await?;
-    target.writer.data(&[7; 2000]).await?;
+    target.writer.data(PAGES).await?;
     fake.set_status(key, TaskStatus::Paused);
     target.writer.end_data().await?;
     hear(&mut target, "prepared").await?;

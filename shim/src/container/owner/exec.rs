@@ -172,7 +172,9 @@ impl Owner {
 
 /// The request's word on the terminal wins over the process's.
 fn with_terminal(process: &[u8], terminal: bool) -> Result<Vec<u8>> {
-    let invalid = |error| Error::InvalidArgument(format!("the process to exec: {error}"));
+    let invalid = |error: serde_json::Error| {
+        Error::InvalidArgument(format!("the process to exec: {}", Error::json(&error)))
+    };
     let mut process: serde_json::Map<String, serde_json::Value> =
         serde_json::from_slice(process).map_err(invalid)?;
     process.insert("terminal".into(), terminal.into());
