@@ -66,8 +66,11 @@ struct Inner {
 }
 
 impl Identities {
-    /// Reads the files for the first time. `dir` is made anew.
+    /// Reads the files for the first time. The copies lie in a directory of
+    /// this process below `dir`: another agent may be serving, whose copies
+    /// are in use, and that shows only later.
     pub fn open(given: &Credentials, dir: &Path) -> Result<Identities, IdentityError> {
+        let dir = &dir.join(std::process::id().to_string());
         match fs::remove_dir_all(dir) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(copies(dir)(e)),
             _ => {}
@@ -125,6 +128,18 @@ impl Identities {
         // the one in use: expired, revoked, or a mixture of old and new.
         new.trust.vet()?;
         Ok(new)
+    }
+
+    /// Removes what agents before this one left, once it is certain that none
+    /// of them serves.
+    pub fn sweep(&self) {
+        let all = self.dir.parent().map(fs::read_dir);
+        for entry in all.into_iter().flatten().flatten().flatten() {
+            if entry.path() != self.dir {
+                // It harms nobody but for lying there.
+                let _ = fs::remove_dir_all(entry.path());
+            }
+        }
     }
 
     /// The copies go with the agent.

@@ -99,6 +99,7 @@ pub async fn open(node: Arc<Node>) -> Result<Serving, ServeError> {
     let control = UnixListener::from_std(private_socket(&control_socket)?).map_err(listening)?;
     let named = node.config.control.group.clone();
     let group = named.as_deref().map(doors::group).transpose().map_err(listening)?;
+    node.identities.sweep();
     if let Some(group) = group {
         doors::open_to(group, &control_socket, &runtime).map_err(listening)?;
     }

@@ -153,6 +153,21 @@ async fn the_copies_for_the_shims_are_roots_alone_and_go_with_the_agent() {
     assert!(!dir.exists());
 }
 
+/// One that is started beside another by mistake gives up at its sockets.
+#[tokio::test]
+async fn a_second_agent_takes_nothing_from_the_first() {
+    let mut world = World::new().await;
+    let copies = world.a.node.places.runtime.join("credentials");
+    world.a.close().await;
+    let first = copies.join("1/1");
+    fs::create_dir_all(&first).unwrap();
+    let given = &world.a.node.config.credentials;
+    let second = crate::identity::Identities::open(given, &copies).unwrap();
+    assert!(first.exists(), "it may be in use");
+    second.sweep();
+    assert!(!first.exists() && second.current().files.key.exists());
+}
+
 #[tokio::test]
 async fn what_expires_soon_is_said_before() {
     let world = World::new().await;
