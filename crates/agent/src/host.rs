@@ -33,6 +33,17 @@ pub async fn describe() -> Host {
     }
 }
 
+/// Whether this process may open a userfaultfd, as shims do to notice writes:
+/// the agent's unit takes that away from it.
+pub fn may_watch() -> bool {
+    const SYS_PTRACE: u32 = 19;
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    effective
+        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .is_some_and(|mask| mask >> SYS_PTRACE & 1 == 1)
+}
+
 /// Flags of the first processor; all processors of a host have the same ones.
 /// x86 calls them "flags", arm64 "Features".
 fn cpu_flags(cpuinfo: &str) -> Vec<String> {
