@@ -31,12 +31,12 @@ use transship_migration::{
 };
 use transship_types::{ContainerKey, Epoch, MigrationId, NodeName, PageSet, Space, Ticket, paths};
 
-use self::inbound::Inbound;
+use self::inbound::{Inbound, Served};
 use crate::{
     container::Revival,
     error::{Error, Result},
     fill::{Arrived, Filling},
-    held::{Held, LOG_LEVEL},
+    held::{self, Held, LOG_LEVEL},
     netns,
     restore::{DESCRIPTORS, external_descriptors, stand_in},
     tmpfs,
@@ -78,7 +78,8 @@ pub async fn arrive(
     let images = MemoryDir::create(None)
         .map_err(Error::other(failed("there is no memory for CRIU's images")))?;
     let images = Arc::new(images);
-    let inbound = Inbound::new().map_err(Error::other(failed("there is no memory for it")))?;
+    let inbound =
+        Inbound::new(images.clone()).map_err(Error::other(failed("there is no memory for it")))?;
     let failed = format!("container {id} did not arrive from {peer}");
     let tmpfs = tmpfs::Incoming::new(&revival.context.bundle);
     let mut landing = Landing {
@@ -170,13 +171,13 @@ impl Target for Landing<'_> {
         }
         let network = self.network.as_ref().map(own_path);
         let log = work.join("restore.log");
-        let held = Held::start_in(network, &context.oci, command, log).await?;
+        let held = Held::start_in(network, held::library(), &context.oci, command, log).await?;
         self.tmpfs.prepare(held.criu_pid())?;
         self.held.insert(held).lock_network_quickly().await
     }
 
     fn store(&self) -> Option<Arc<dyn PageStore>> {
-        Some(self.inbound.store(self.images.clone()))
+        Some(self.inbound.store())
     }
 
     fn next(&self) -> Option<NextConnection> {
@@ -213,11 +214,12 @@ impl Target for Landing<'_> {
             let what = "the images are for a network namespace that was made before";
             return Err(MigrationError::runtime("restore", what));
         }
-        let mut restored = Restored::default();
+        let mut served = Served::default();
         if !present.is_empty() {
-            (restored.lazy, restored.criu_pages) =
-                self.inbound.serve(self.images.clone(), present, wanted).await?;
+            let takes_files = self.held()?.conversation()?.takes_descriptors();
+            served = self.inbound.serve(present, wanted, takes_files).await?;
         }
+        let Served { restored, files } = served;
         let mounts = self.tmpfs.make(&self.images).await?;
         let held = self.held()?;
         held.conversation()?.amend(|request| {
@@ -228,6 +230,7 @@ impl Target for Landing<'_> {
             if restored.lazy {
                 request.lazy_pages(true);
             }
+            request.inherit(files);
             request.log_level(LOG_LEVEL);
         });
         held.bring_for_migration(of_its_own && !shared).await?;

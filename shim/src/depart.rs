@@ -16,7 +16,7 @@ use crate::{
     cgroup::{Cgroup, throttle::Throttle},
     container::{Context, Occupation},
     error::Error,
-    held::{Held, LOG_LEVEL},
+    held::{self, Held, LOG_LEVEL},
     netns,
     restore::DESCRIPTORS,
     tmpfs,
@@ -176,12 +176,13 @@ impl Source for Leaving {
         let spec = context.spec().map_err(step("prepare"))?;
         let network = netns::shared_with(self.occupation.pid(), &spec).await;
         let log = work.join("dump.log");
-        let hollow = outbound::hollow_library();
-        let shared = hollow.is_some();
+        let library = held::library();
+        let shared = library.is_some();
         if !shared {
             info!("shared memory travels in CRIU's images: its library is not installed");
         }
-        let mut held = Held::start_isolated_in(network, hollow, &context.oci, command, log).await?;
+        let mut held =
+            Held::start_isolated_in(network, library, &context.oci, command, log).await?;
         held.lock_network_quickly().await?;
         let options = held.conversation()?.options();
         let tmpfs = tmpfs::Outgoing::hold(self.occupation.pid(), options).await;

@@ -1,6 +1,7 @@
 //! A run of the OCI runtime whose CRIU stands at the gate.
 
 use std::{
+    env,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -15,7 +16,7 @@ use tokio::{
 };
 use tracing::warn;
 use transship_api::criu::CriuNetworkLockMethod;
-use transship_criu::{Conversation, CriuError, Gate, features, log};
+use transship_criu::{Conversation, CriuError, Gate, LIBRARY, features, log};
 use transship_migration::{MigrationError, chain};
 
 use crate::{netns, oci::Oci};
@@ -56,14 +57,19 @@ impl Held {
     }
 
     /// The same for a migration: with CRIU in this network namespace, if it
-    /// shall be in one.
+    /// shall be in one, and with the library, if there is one, by which it can
+    /// be given files.
     pub async fn start_in(
         network: Option<PathBuf>,
+        library: Option<PathBuf>,
         oci: &Oci,
         command: Command,
         log: PathBuf,
     ) -> Result<Self, MigrationError> {
         let mut gate = opened().await?;
+        if let Some(library) = library {
+            gate = gate.hollow(library);
+        }
         if let Some(network) = network {
             gate = gate.network(network);
         }
@@ -75,13 +81,13 @@ impl Held {
     /// shared objects from it, if there is one.
     pub async fn start_isolated_in(
         network: Option<PathBuf>,
-        hollow: Option<PathBuf>,
+        library: Option<PathBuf>,
         oci: &Oci,
         command: Command,
         log: PathBuf,
     ) -> Result<Self, MigrationError> {
         let mut gate = opened().await?.isolate();
-        if let Some(library) = hollow {
+        if let Some(library) = library {
             gate = gate.hollow(library);
         }
         if let Some(network) = network {
@@ -297,6 +303,19 @@ impl Held {
         }
         Ok(())
     }
+}
+
+/// The library for shared objects that CRIU is started with: beside this
+/// program, or where `make install` puts it.
+pub fn library() -> Option<PathBuf> {
+    let own = env::current_exe().ok()?;
+    let beside = own.parent()?;
+    let installed = beside.parent().map(|prefix| prefix.join("lib/transship"));
+    let found = [Some(beside.to_owned()), installed].into_iter().flatten();
+    let found = found.map(|folder| folder.join(LIBRARY)).find(|path| path.is_file())?;
+    // The loader's list knows no quotes.
+    let plain = found.to_str().is_some_and(|path| !path.contains([' ', ':']));
+    plain.then_some(found)
 }
 
 async fn opened() -> Result<Gate, MigrationError> {

@@ -106,6 +106,7 @@ pub fn memory_report(memory: &report::Memory) -> MemoryReport {
     }
     message.criu_pages = memory.criu_pages;
     message.shared_bytes = memory.shared_bytes;
+    message.given_bytes = memory.given_bytes;
     message
 }
 

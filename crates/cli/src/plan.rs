@@ -124,6 +124,7 @@ fn memory_json(m: &WatchResponse) -> Value {
         "pages": m.pages,
         "zero_pages": m.zero_pages,
         "shared_bytes": m.shared_bytes,
+        "filled_bytes": m.filled_bytes,
         "huge_bytes": m.huge_bytes,
         "tmpfs_bytes": m.tmpfs_bytes,
         "tmpfs_mounts": m.tmpfs_mounts,

@@ -60,6 +60,7 @@ fn memory(m: &MemoryReport) -> Value {
         "expected_downtime_us": m.expected_downtime_us,
         "criu_pages": m.criu_pages,
         "shared_bytes": m.shared_bytes,
+        "given_bytes": m.given_bytes,
         "rounds": rounds_json(&m.rounds),
         "pause": m.pause.as_ref().map(|p| json!({
             "freeze_us": p.freeze_us,

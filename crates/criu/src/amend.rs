@@ -35,7 +35,26 @@ pub(crate) mod opt {
 pub struct Amendments<'a> {
     fields: &'a mut Fields,
     kept: &'a mut Vec<OwnedFd>,
+    sent: &'a mut Vec<OwnedFd>,
 }
+
+/// A file for CRIU to take where its images have one of this name.
+#[derive(Debug)]
+pub struct Inherited {
+    pub key: String,
+    pub file: OwnedFd,
+}
+
+/// How many of them a request may carry: one message of a socket takes 253
+/// descriptors, and CRIU puts its own behind the last of them.
+pub const MAX_INHERITED: usize = 192;
+
+/// Where the library in CRIU (`transship-hollow`) puts the first of them.
+const PLACE: i32 = 64;
+
+/// Field numbers of `inherit_fd`.
+const INHERIT_KEY: u32 = 1;
+const INHERIT_NUMBER: u32 = 2;
 
 macro_rules! switches {
     ($($(#[$doc:meta])* $name:ident = $number:ident;)*) => {
@@ -46,9 +65,14 @@ macro_rules! switches {
 }
 
 impl<'a> Amendments<'a> {
-    /// Changes `fields`; what they then name stays open in `kept`.
-    pub(crate) fn new(fields: &'a mut Fields, kept: &'a mut Vec<OwnedFd>) -> Self {
-        Self { fields, kept }
+    /// Changes `fields`; what they then name stays open in `kept`, or goes to
+    /// CRIU with the request, in `sent`.
+    pub(crate) fn new(
+        fields: &'a mut Fields,
+        kept: &'a mut Vec<OwnedFd>,
+        sent: &'a mut Vec<OwnedFd>,
+    ) -> Self {
+        Self { fields, kept, sent }
     }
 
     switches! {
@@ -119,5 +143,19 @@ impl<'a> Amendments<'a> {
     /// is bound from the path `to`.
     pub fn external_mount(&mut self, from: &str, to: &str) {
         self.external(&format!("mnt[{from}]:{to}"));
+    }
+
+    /// CRIU takes these files, which go to it with the request. Only for one
+    /// that [takes descriptors](crate::Conversation::takes_descriptors), and
+    /// at most [`MAX_INHERITED`].
+    pub fn inherit(&mut self, files: Vec<Inherited>) {
+        for Inherited { key, file } in files {
+            let mut entry = Fields::default();
+            entry.set_bytes(INHERIT_KEY, key.as_bytes());
+            // Below the limit on what is sent.
+            entry.set_int32(INHERIT_NUMBER, PLACE + self.sent.len() as i32);
+            self.fields.add_bytes(opt::INHERIT_FD, &entry.encode());
+            self.sent.push(file);
+        }
     }
 }

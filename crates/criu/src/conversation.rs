@@ -26,7 +26,7 @@ use crate::{
     Amendments, CriuError, Side,
     amend::opt,
     fields::{BadFields, Fields},
-    gate::GateDir,
+    gate::{GateDir, LIBRARY},
     log,
     packet::{Packet, Socket},
     stub::Hello,
@@ -177,16 +177,23 @@ impl Conversation {
         self.criu_pid
     }
 
+    /// Whether descriptors can be sent with the request: CRIU has been started
+    /// with the library that takes them ([`Gate::hollow`](crate::Gate)).
+    pub fn takes_descriptors(&self) -> bool {
+        let maps = fs::read_to_string(format!("/proc/{}/maps", self.criu_pid));
+        maps.is_ok_and(|maps| maps.lines().any(|line| line.ends_with(LIBRARY)))
+    }
+
     /// Changes options of the request. Only before [`release`](Self::release):
     /// afterwards there is nothing left to change, and nothing happens.
     pub fn amend(&mut self, change: impl FnOnce(&mut Amendments<'_>)) {
-        let State::Requested { request, .. } = &mut self.state else { return };
+        let State::Requested { request, descriptors } = &mut self.state else { return };
         let mut change = Some(change);
         let kept = &mut self.kept;
         // Parsed in `begin`; there is one `opts` because `begin` decoded it.
         let _ = request.edit_all(REQ_OPTS, |fields| {
             if let Some(change) = change.take() {
-                change(&mut Amendments::new(fields, kept));
+                change(&mut Amendments::new(fields, kept, descriptors));
             }
         });
         if let Ok(options) = decode_options(request) {

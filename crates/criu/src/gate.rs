@@ -24,6 +24,9 @@ use crate::{
     stub, sys,
 };
 
+/// The file name of `transship-hollow`.
+pub const LIBRARY: &str = "libtransship_hollow.so";
+
 /// The tar for CRIU in place of our own, where there is such a file.
 const TAR: &str = "TRANSSHIP_TAR";
 
@@ -98,9 +101,11 @@ impl Gate {
         self
     }
 
-    /// CRIU is started with this library (`transship-hollow`), so that it can
-    /// be made to find shared objects empty: [`empty`](Self::empty). Only for
-    /// a dump. A CRIU that cannot load it says so and does without.
+    /// CRIU is started with this library (`transship-hollow`), so that a dump
+    /// can be made to find shared objects empty ([`empty`](Self::empty)), and
+    /// a restore be given files
+    /// ([`Amendments::inherit`](crate::Amendments::inherit)). A CRIU that
+    /// cannot load it says so and does without.
     pub fn hollow(mut self, library: impl Into<PathBuf>) -> Self {
         self.hollow = Some(library.into());
         self

@@ -43,9 +43,9 @@ pub mod fake;
 #[cfg(test)]
 mod tests;
 
-pub use amend::Amendments;
+pub use amend::{Amendments, Inherited, MAX_INHERITED};
 pub use conversation::{Conversation, Kind, Notified, Outcome};
 pub use error::{CriuError, Side};
-pub use gate::Gate;
+pub use gate::{Gate, LIBRARY};
 pub use hide::{Hidden, Hider, lists_mappings};
 pub use remembered::Remembered;

@@ -11,8 +11,9 @@
 //!   the page a stack pointer is in) in the image: CRIU reads it from there.
 //!
 //! Shared objects that CRIU found empty
-//! ([`Gate::empty`](crate::Gate::empty)) get all of their pages in the image:
-//! CRIU fills them before any process is there.
+//! ([`Gate::empty`](crate::Gate::empty)) are given to it ([`give`]), filled.
+//! Where that cannot be, all of their pages go into the image: CRIU fills them
+//! before any process is there.
 //!
 //! What CRIU saved nevertheless stays and is restored from the image.
 //!
@@ -24,6 +25,7 @@ mod guards;
 mod image;
 mod layout;
 mod network;
+mod objects;
 
 use std::path::PathBuf;
 
@@ -32,10 +34,11 @@ use transship_types::{PageRange, Space};
 
 use crate::CriuError;
 
-pub use complete::{Completed, CompletedShared, complete, complete_shared, eager};
+pub use complete::{Completed, CompletedShared, Contents, complete, complete_shared, eager};
 pub use guards::{add_guards, guards};
 pub use layout::{ProcessLayout, Vma, layout};
 pub use network::shares_network;
+pub use objects::{Given, Seals, give};
 
 #[derive(Debug, Error)]
 pub enum PagesError {
@@ -45,6 +48,8 @@ pub enum PagesError {
     Image { path: PathBuf, why: &'static str },
     #[error("fetching {range} of {space}")]
     Fetch { space: Space, range: PageRange, source: std::io::Error },
+    #[error("giving shared object {inode} to CRIU")]
+    Give { inode: u64, source: std::io::Error },
 }
 
 #[cfg(test)]

@@ -1,15 +1,23 @@
-//! A library that CRIU is started with for a dump (`LD_PRELOAD`), so that it
-//! finds no contents in shared objects whose contents travel beside its images.
+//! A library that CRIU is started with (`LD_PRELOAD`) for what travels beside
+//! its images: shared objects.
 //!
-//! CRIU asks the object itself where it has data, by lseek(SEEK_DATA): there is
-//! no file in `/proc` to cover as there is for private memory. So this answers
-//! that one question, and only for the objects of a list: "no data from here to
-//! the end". Every other call goes on to the kernel as it is.
+//! **Dump.** CRIU asks the object itself where it has data, by
+//! lseek(SEEK_DATA): there is no file in `/proc` to cover as there is for
+//! private memory. So this answers that one question, and only for the objects
+//! of a list: "no data from here to the end". Every other call goes on to the
+//! kernel as it is.
 //!
 //! The list is a file with a line `DEVICE INODE` per object, named in the
 //! environment. It appears, complete, when the container stands still: before
 //! that, and where there is none, CRIU sees everything. An object that CRIU has
 //! seen after all is no harm: its images are then restored as they are.
+//!
+//! **Restore.** CRIU takes files from whoever starts it (`inherit_fd`), by
+//! their numbers in its own table, but ours are made long after it was
+//! started. So they come with the request, as descriptors do over such a
+//! socket; CRIU does not look for any, and this puts them in their places: the
+//! first at [`PLACE`], the others behind it. Where the library is missing, that
+//! number is nobody's, and CRIU refuses the request.
 
 mod sys;
 
@@ -17,6 +25,11 @@ use std::{env, fs, sync::OnceLock};
 
 /// Names the file with the list.
 const LIST: &str = "TRANSSHIP_HOLLOW_LIST";
+
+/// Where the first descriptor goes that comes with a request; the gate, which
+/// puts the numbers into the request, knows it too. Above what CRIU has open
+/// by then, and below the usual limit (1024) and what CRIU keeps there.
+const PLACE: i32 = 64;
 
 /// Device and inode, as stat(2) tells them.
 type Object = (u64, u64);
@@ -42,7 +55,13 @@ fn parse(text: &str) -> Vec<Object> {
 
 #[cfg(test)]
 mod tests {
-    use std::{fs::File, io::Write, process::Command};
+    use std::{
+        fs::File,
+        io::Write,
+        os::fd::AsRawFd,
+        os::unix::{fs::MetadataExt, net::UnixStream},
+        process::Command,
+    };
 
     use super::*;
 
@@ -79,5 +98,32 @@ mod tests {
         fs::write(&list, format!("{} {}\n", object.0, object.1)).unwrap();
         assert_eq!(files.each_ref().map(sys::data), [None, Some(0)]);
         assert_eq!(sys::end(&files[0]), 8, "every other question goes to the kernel");
+    }
+
+    /// In one test, because the places are the process's.
+    #[test]
+    fn descriptors_that_come_with_a_request_get_their_places() {
+        let (gate, criu) = UnixStream::pair().unwrap();
+        let files = ["/dev/null", "/dev/zero"].map(|path| File::open(path).unwrap());
+        let numbers = files.each_ref().map(|file| file.as_raw_fd());
+        let device = |number: i32| {
+            let meta = fs::metadata(format!("/proc/self/fd/{number}"));
+            meta.map(|meta| meta.rdev()).ok()
+        };
+        let mut bytes = [0; 16];
+        sys::send(&gate, b"plain", &[]);
+        assert_eq!(sys::received(&criu, &mut bytes, 0), 5);
+        assert_eq!((&bytes[..5], device(PLACE)), (&b"plain"[..], None));
+
+        sys::send(&gate, b"request", &numbers);
+        assert_eq!(sys::received(&criu, &mut bytes, libc::MSG_PEEK), 7);
+        assert_eq!(device(PLACE), None, "who only looks takes nothing");
+        assert_eq!(sys::received(&criu, &mut bytes, 0), 7);
+        let places = [PLACE, PLACE + 1].map(device);
+        assert_eq!(places, files.each_ref().map(|file| Some(file.metadata().unwrap().rdev())));
+
+        sys::send(&gate, b"again", &numbers[..1]);
+        assert_eq!(sys::received(&criu, &mut bytes, 0), -1, "its place is taken");
+        assert_eq!(std::io::Error::last_os_error().raw_os_error(), Some(libc::EBUSY));
     }
 }

@@ -72,6 +72,13 @@ impl Memory for ContainerMemory {
         }
     }
 
+    fn memfd(&self, space: Space) -> Option<Vec<u8>> {
+        match space {
+            Space::Process(_) => self.private.memfd(space),
+            Space::Shared(object) => self.shared.memfd(object),
+        }
+    }
+
     fn disarm(&self) {
         self.private.disarm();
         self.shared.disarm();

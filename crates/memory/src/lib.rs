@@ -103,6 +103,11 @@ pub trait Memory: Send + Sync + 'static {
         ranges: &[PageRange],
         into: &mut [u8],
     ) -> Result<Vec<PageRange>, MemoryError>;
+    /// The name of the memfd that a shared object is, or is restored as; none
+    /// for everything else.
+    fn memfd(&self, _space: Space) -> Option<Vec<u8>> {
+        None
+    }
     /// Stops watching: no process is any slower afterwards. Also when dropped.
     fn disarm(&self);
 }

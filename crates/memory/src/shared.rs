@@ -14,7 +14,13 @@ use std::{
     collections::BTreeMap,
     fs::{self, File},
     io,
-    os::unix::fs::{FileExt, MetadataExt},
+    os::{
+        fd::AsRawFd,
+        unix::{
+            ffi::OsStrExt,
+            fs::{FileExt, MetadataExt},
+        },
+    },
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -56,6 +62,8 @@ struct Found {
 
 struct Object {
     file: File,
+    /// The name it has as a memfd, or is restored with as one.
+    memfd: Option<Vec<u8>>,
     sent: Mutex<Hashes>,
 }
 
@@ -124,6 +132,11 @@ impl SharedObjects {
         Ok(gone)
     }
 
+    /// As [`crate::Memory::memfd`].
+    pub fn memfd(&self, object: u64) -> Option<Vec<u8>> {
+        self.objects().get(&object).and_then(|object| object.memfd.clone())
+    }
+
     /// Device and inode of those that the last look has found.
     pub fn names(&self) -> Vec<(u64, u64)> {
         self.objects().keys().map(|inode| (self.device, *inode)).collect()
@@ -187,7 +200,8 @@ impl SharedObjects {
                     if meta.dev() != self.device || meta.ino() != inode {
                         continue;
                     }
-                    Arc::new(Object { file, sent: Mutex::default() })
+                    let memfd = memfd_name(&file)?;
+                    Arc::new(Object { file, memfd, sent: Mutex::default() })
                 }
             };
             now.insert(inode, Found { object, name: name.to_vec(), reach, doubtful: false });
@@ -226,6 +240,18 @@ fn shared(line: &[u8]) -> Option<Mapping<'_>> {
     let mapped = offset?.saturating_add(end?.saturating_sub(start?));
     let reach = if anonymous { mapped } else { ADDRESS_LIMIT };
     Some(Mapping { range, inode, name, reach })
+}
+
+/// CRIU restores anonymous memory as a memfd too, and calls that as the kernel
+/// calls the memory. A SysV segment stays one.
+fn memfd_name(file: &File) -> io::Result<Option<Vec<u8>>> {
+    // maps would show some characters in another way.
+    let link = fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))?.into_os_string();
+    let link = link.as_bytes().strip_suffix(b" (deleted)").unwrap_or(link.as_bytes());
+    Ok(match link.strip_prefix(b"/memfd:") {
+        Some(name) => Some(name.to_owned()),
+        None => (link == b"/dev/zero").then(|| link.to_owned()),
+    })
 }
 
 impl Object {
@@ -324,7 +350,16 @@ mod tests {
     fn object(bytes: u64) -> Object {
         let file = File::from(memfd_create(c"test", MFdFlags::MFD_CLOEXEC).unwrap());
         file.set_len(bytes).unwrap();
-        Object { file, sent: Mutex::default() }
+        Object { file, memfd: None, sent: Mutex::default() }
+    }
+
+    #[test]
+    fn a_memfd_tells_its_name() {
+        let of = |name| memfd_name(&File::from(memfd_create(name, MFdFlags::empty()).unwrap()));
+        for name in [c"", c"with space", c"new\nline", c"x (deleted)", c"/memfd:y"] {
+            assert_eq!(of(name).unwrap().as_deref(), Some(name.to_bytes()), "{name:?}");
+        }
+        assert_eq!(memfd_name(&File::open("/dev/null").unwrap()).unwrap(), None);
     }
 
     fn range(first: u64, last: u64) -> PageRange {

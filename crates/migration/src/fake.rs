@@ -324,7 +324,7 @@ impl Target for FakeTarget {
         let pages = fs::read(self.images.join("pages-1.img"))
             .map_err(|source| MigrationError::Image { name: "pages-1.img".into(), source })?;
         assert!(pages.len() == 3 << 20 && pages.iter().all(|byte| *byte == 42));
-        Ok(Restored { lazy: !self.present.is_empty(), criu_pages: 3 })
+        Ok(Restored { lazy: !self.present.is_empty(), criu_pages: 3, ..Default::default() })
     }
 
     async fn resume(&mut self) -> Result<u32, MigrationError> {

@@ -323,6 +323,7 @@ async fn serve(
         zeros: numbers(sorted.zeros),
         codec: Codec::Raw.number(),
         wire_bytes: sorted.length as u32,
+        memfd: None,
     };
     served.requests.fetch_add(1, Ordering::Relaxed);
     served.bytes.fetch_add(sorted.length as u64, Ordering::Relaxed);

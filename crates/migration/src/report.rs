@@ -40,10 +40,12 @@ pub struct Memory {
     pub fill: Option<Fill>,
     /// Pages that CRIU saved itself.
     pub criu_pages: u64,
-    /// Bytes of shared objects.
+    /// Bytes of shared objects that came by lane and are what CRIU restored.
     pub shared_bytes: u64,
     /// Present if it ran on the target before all of its pages were there.
     pub post_copy: Option<PostCopy>,
+    /// Of these: in objects that CRIU was given, and did not fill.
+    pub given_bytes: u64,
 }
 
 impl Memory {
@@ -68,6 +70,7 @@ impl Memory {
             criu_pages: 0,
             shared_bytes: 0,
             post_copy: None,
+            given_bytes: 0,
         }
     }
 
@@ -142,4 +145,7 @@ pub struct Restored {
     pub lazy: bool,
     /// Pages that came in CRIU's own images.
     pub criu_pages: u64,
+    /// As in [`Memory`].
+    pub shared_bytes: u64,
+    pub given_bytes: u64,
 }

@@ -278,8 +278,13 @@ async fn until_commit<T: Target>(
     synced?;
 
     journal.record(State::Prepared)?;
-    let prepared =
-        Prepared { restore_us: micros(took), criu_pages: restored.criu_pages, lazy: restored.lazy };
+    let prepared = Prepared {
+        restore_us: micros(took),
+        criu_pages: restored.criu_pages,
+        lazy: restored.lazy,
+        shared_bytes: restored.shared_bytes,
+        given_bytes: restored.given_bytes,
+    };
     speech.say(Message::Prepared(prepared)).await?;
     let word = match not_aborted(speech.hear(limits::COMMIT).await?)? {
         Message::Commit(commit) => Word::Commit(Epoch(commit.epoch)),

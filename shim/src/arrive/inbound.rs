@@ -2,8 +2,8 @@
 //! under the restored processes.
 //!
 //! ```text
-//!   lanes ──▶ Incoming ─▶ a file per shared object: becomes CRIU's image
-//!               ▼
+//!   lanes ──▶ Incoming ─▶ a memfd per shared object: given to CRIU
+//!               ▼         (or a file, which becomes CRIU's image)
 //!             Store ──┬─▶ eager pages: into CRIU's images, before the restore
 //!                     └─▶ lazy pages: fault server, from the first descriptor
 //!                         that CRIU gives it on, until every page is placed
@@ -13,7 +13,8 @@
 //! the server that must give up kills every process first ([`Victim`]).
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap, HashSet},
+    fs::File,
     io,
     os::fd::BorrowedFd,
     path::Path,
@@ -24,13 +25,20 @@ use std::{
 use futures::future::BoxFuture;
 use tokio::sync::mpsc::UnboundedSender;
 use tracing::{error, warn};
-use transship_criu::{images::MemoryDir, pages};
+use transship_criu::{
+    Inherited,
+    images::MemoryDir,
+    pages::{self, Contents, Given, Seals},
+};
 use transship_memory::{
     FaultOptions, FaultServer, Serving, Store,
     room::{self, Room},
 };
-use transship_migration::{Filled, MigrationError, PageStore, Wanted, chain, report};
-use transship_types::{PageSet, Space};
+use transship_migration::{
+    Filled, MigrationError, PageStore, Wanted, chain,
+    report::{self, Restored},
+};
+use transship_types::{PAGE, PageSet, Space};
 
 use super::incoming::{Incoming, name_of};
 use crate::{
@@ -51,7 +59,11 @@ pub struct Inbound {
     room: Room,
     /// As they were before CRIU mounted its own.
     mounts: String,
+    images: Arc<MemoryDir>,
     store: Arc<Store>,
+    incoming: Arc<Incoming>,
+    /// To be put on once every process is there.
+    seals: Mutex<Seals>,
     listening: Option<FaultServer>,
     serving: Option<Arc<Serving>>,
     victim: Arc<Victim>,
@@ -59,14 +71,18 @@ pub struct Inbound {
 }
 
 impl Inbound {
-    /// Takes no more than this node has to spare.
-    pub fn new() -> Result<Self> {
+    /// Takes no more than this node has to spare. `images` are CRIU's.
+    pub fn new(images: Arc<MemoryDir>) -> Result<Self> {
         let room = room()?;
+        let store = Arc::new(Store::new(room.bytes));
         Ok(Self {
-            store: Arc::new(Store::new(room.bytes)),
+            incoming: Arc::new(Incoming::new(store.clone(), images.clone(), room.bytes)),
             room,
             mounts: cgroup::mounts()
                 .map_err(|error| MigrationError::runtime("memory", error.sentence()))?,
+            seals: Mutex::default(),
+            images,
+            store,
             listening: None,
             serving: None,
             victim: Arc::default(),
@@ -97,9 +113,9 @@ impl Inbound {
         Ok(())
     }
 
-    /// What takes in the pages, those of shared objects among `images`.
-    pub fn store(&self, images: Arc<MemoryDir>) -> Arc<dyn PageStore> {
-        Arc::new(Incoming::new(self.store.clone(), images, self.room.bytes))
+    /// What takes in the pages.
+    pub fn store(&self) -> Arc<dyn PageStore> {
+        self.incoming.clone()
     }
 
     /// Which of these pages CRIU puts in place itself.
@@ -122,22 +138,29 @@ impl Inbound {
     }
 
     /// Completes CRIU's images with the pages that must be there before the
-    /// container runs, and serves the others. Answers whether CRIU is to
-    /// leave pages to us, and how many it has saved itself. Pages that are
-    /// touched and lacking are told to `wanted`.
+    /// container runs, and serves the others. Pages that are touched and
+    /// lacking are told to `wanted`. `takes_files`: CRIU can be given shared
+    /// objects.
     pub async fn serve(
         &mut self,
-        images: Arc<MemoryDir>,
         present: Vec<(Space, PageSet)>,
         wanted: Option<UnboundedSender<Wanted>>,
-    ) -> Result<(bool, u64)> {
-        let store = self.store.clone();
-        let completed = blocking(move || complete(&images, &store, &present)).await?;
-        let lazy: HashMap<u32, PageSet> = completed.lazy;
+        takes_files: bool,
+    ) -> Result<Served> {
+        let (images, store, incoming) =
+            (self.images.clone(), self.store.clone(), self.incoming.clone());
+        let completed = blocking(move || {
+            let mut completed = complete(&images, &store, &present)?;
+            complete_shared(&images, incoming.memfds(), &present, takes_files, &mut completed)?;
+            Ok(completed)
+        });
+        let Completed { lazy, mut served, seals } = completed.await?;
+        *self.seals() = seals;
         if lazy.values().all(PageSet::is_empty) {
             self.listening = None;
-            return Ok((false, completed.criu_pages));
+            return Ok(served);
         }
+        served.restored.lazy = true;
         let Some(server) = self.listening.take() else {
             return Err(MigrationError::runtime("memory", "its pages are served already"));
         };
@@ -153,12 +176,18 @@ impl Inbound {
         let serving =
             server.serve(self.store.clone(), lazy, options).map_err(failed("serve its pages"))?;
         self.serving = Some(Arc::new(serving));
-        Ok((true, completed.criu_pages))
+        Ok(served)
+    }
+
+    fn seals(&self) -> MutexGuard<'_, Seals> {
+        self.seals.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Every process is there and none has run: from now on the server knows
     /// whom to kill.
     pub fn restored(&self, pid: i32) -> Result<()> {
+        let seals = std::mem::take(&mut *self.seals());
+        seals.apply().map_err(failed("seal a shared object"))?;
         if self.serving.is_none() {
             return Ok(());
         }
@@ -229,14 +258,24 @@ impl Inbound {
     }
 }
 
+/// What CRIU is to make of it.
+#[derive(Default)]
+pub struct Served {
+    pub restored: Restored,
+    /// For CRIU, with its request.
+    pub files: Vec<Inherited>,
+}
+
+#[derive(Default)]
 struct Completed {
     lazy: HashMap<u32, PageSet>,
-    criu_pages: u64,
+    served: Served,
+    seals: Seals,
 }
 
 /// Every process of CRIU's images, also one that brought no page by lane.
 fn complete(images: &MemoryDir, store: &Store, present: &[(Space, PageSet)]) -> Result<Completed> {
-    let mut completed = Completed { lazy: HashMap::new(), criu_pages: 0 };
+    let mut completed = Completed::default();
     for process in pages::layout(images).map_err(failed("read CRIU's images"))? {
         let space = Space::Process(process.vpid);
         let none = PageSet::new();
@@ -245,25 +284,60 @@ fn complete(images: &MemoryDir, store: &Store, present: &[(Space, PageSet)]) -> 
             |range, into: &mut [u8]| store.copy_out(space, range, into).map_err(io::Error::other);
         let done = pages::complete(images, &process, pages, &mut fetch)
             .map_err(failed("complete CRIU's images"))?;
-        completed.criu_pages += done.criu_pages;
+        completed.served.restored.criu_pages += done.criu_pages;
         completed.lazy.insert(process.vpid, done.lazy);
-    }
-    for (space, pages) in present {
-        let Space::Shared(inode) = *space else { continue };
-        completed.criu_pages += complete_shared(images, inode, pages)?;
     }
     Ok(completed)
 }
 
-/// A shared object is restored from the image, whole. Answers how many pages
-/// CRIU has saved of it: if any, then all, and what came by lane is dropped.
-fn complete_shared(images: &MemoryDir, inode: u64, present: &PageSet) -> Result<u64> {
-    let done = pages::complete_shared(images, inode, present, &name_of(inode))
-        .map_err(failed("complete CRIU's images"))?;
-    if done.criu_pages > 0 {
-        warn!(inode, pages = done.criu_pages, "CRIU has saved a shared object itself");
+/// CRIU is given the objects that are memfds, if it can be, and finds the
+/// others whole in its images.
+fn complete_shared(
+    images: &MemoryDir,
+    mut memfds: BTreeMap<u64, File>,
+    present: &[(Space, PageSet)],
+    takes_files: bool,
+    completed: &mut Completed,
+) -> Result<()> {
+    let shared = present.iter().filter_map(|(space, pages)| match *space {
+        Space::Shared(inode) => Some((inode, pages)),
+        Space::Process(_) => None,
+    });
+    let shared: BTreeMap<u64, &PageSet> = shared.collect();
+    // CRIU makes those itself of which nothing is left.
+    memfds.retain(|inode, _| shared.get(inode).is_some_and(|pages| !pages.is_empty()));
+    let mut given = Given::default();
+    if takes_files {
+        given = pages::give(images, &memfds).map_err(failed("give CRIU shared objects"))?;
+        for (inode, why) in &given.left {
+            warn!(inode, why, "CRIU must fill a shared object itself");
+        }
+    } else {
+        given.left = memfds.keys().map(|inode| (*inode, String::new())).collect();
     }
-    Ok(done.criu_pages)
+    let left: HashSet<u64> = given.left.iter().map(|(inode, _)| *inode).collect();
+    let restored = &mut completed.served.restored;
+    for (inode, pages) in shared {
+        let file = memfds.get(&inode);
+        if file.is_some() && !left.contains(&inode) {
+            restored.given_bytes += pages.pages() * PAGE;
+            restored.shared_bytes += pages.pages() * PAGE;
+            continue;
+        }
+        let name = name_of(inode);
+        let contents = file.map_or(Contents::Image(&name), Contents::Open);
+        let done = pages::complete_shared(images, inode, pages, contents)
+            .map_err(failed("complete CRIU's images"))?;
+        if done.criu_pages > 0 {
+            // If any, then all; what came by lane is dropped.
+            warn!(inode, pages = done.criu_pages, "CRIU has saved a shared object itself");
+        }
+        restored.shared_bytes += done.pages * PAGE;
+        restored.criu_pages += done.criu_pages;
+    }
+    completed.served.files = given.files;
+    completed.seals = given.seals;
+    Ok(())
 }
 
 /// Whom the fault server kills when it must give up.

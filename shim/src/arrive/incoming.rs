@@ -1,20 +1,25 @@
 //! Where pages wait that come by lane: those of processes in the store, those
-//! of shared objects in files that are laid out as the objects are.
+//! of shared objects in a file per object, each page in its place.
 //!
-//! CRIU restores a shared object whole, from an image. A file in the directory
-//! of the images that has each page in its place already becomes that image by
-//! its name; copying it together from the store would be part of the pause, a
-//! few seconds per GiB.
+//! For an object that is a memfd that file is the object which the processes
+//! will have: CRIU is given it, and nothing is left to do in the pause.
+//! Anything else CRIU restores whole, from an image: then the file lies in the
+//! directory of the images, and becomes that image by its name. Copying it
+//! together from the store would be part of the pause, a second per GiB.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, btree_map::Entry},
+    ffi::CString,
     fs::File,
     io,
     os::unix::fs::FileExt,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use nix::fcntl::{FallocateFlags, fallocate};
+use nix::{
+    fcntl::{FallocateFlags, fallocate},
+    sys::memfd::{MFdFlags, memfd_create},
+};
 use transship_criu::images::MemoryDir;
 use transship_memory::{MemoryError, Store};
 use transship_migration::{PageStore, pages::PageSink};
@@ -29,6 +34,8 @@ pub struct Incoming {
 
 struct Object {
     file: File,
+    /// Not among the images.
+    is_memfd: bool,
     /// Pages that have come.
     known: PageSet,
 }
@@ -48,6 +55,17 @@ impl Incoming {
         self.objects.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The objects that are memfds. They are here no more, so that none of
+    /// them is kept beyond its processes.
+    pub fn memfds(&self) -> BTreeMap<u64, File> {
+        let mut objects = self.objects();
+        let (memfds, others) =
+            std::mem::take(&mut *objects).into_iter().partition(|(_, object)| object.is_memfd);
+        *objects = others;
+        let memfds: BTreeMap<u64, Object> = memfds;
+        memfds.into_iter().map(|(inode, object)| (inode, object.file)).collect()
+    }
+
     /// Works on an object, whose pages are then no more than there is room for.
     fn with<T>(
         &self,
@@ -57,14 +75,14 @@ impl Incoming {
     ) -> Result<T, MemoryError> {
         let mut objects = self.objects();
         let object = match objects.entry(inode) {
-            std::collections::btree_map::Entry::Occupied(known) => known.into_mut(),
-            std::collections::btree_map::Entry::Vacant(place) => {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(place) => {
                 let name = name_of(inode);
                 let file = self.images.create_file(&name).map_err(|error| MemoryError::System {
                     what: "making a file for a shared object",
                     source: io::Error::other(error),
                 })?;
-                place.insert(Object { file, known: PageSet::new() })
+                place.insert(Object { file, is_memfd: false, known: PageSet::new() })
             }
         };
         ranges.iter().for_each(|range| object.known.insert(*range));
@@ -102,6 +120,18 @@ impl PageSink for Incoming {
             }
             Ok(())
         })
+    }
+
+    fn memfd(&self, object: u64, name: &[u8]) -> Result<(), MemoryError> {
+        if let Entry::Vacant(place) = self.objects().entry(object) {
+            let making = |source| MemoryError::System { what: "making a shared object", source };
+            let name = CString::new(name).map_err(|error| making(error.into()))?;
+            // What the images say of seals is made true before it runs.
+            let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+            let file = memfd_create(&*name, flags).map_err(|error| making(error.into()))?.into();
+            place.insert(Object { file, is_memfd: true, known: PageSet::new() });
+        }
+        Ok(())
     }
 
     fn zero(&self, space: Space, ranges: &[PageRange], round: u32) -> Result<(), MemoryError> {

@@ -1,7 +1,7 @@
 //! Memory that leaves beside CRIU's images: how it is watched while the
 //! container runs, and how CRIU is kept from saving it once more.
 
-use std::{env, io, path::PathBuf, sync::Arc};
+use std::{io, sync::Arc};
 
 use tracing::warn;
 use transship_criu::{CriuError, Hidden, Hider, images::MemoryDir, pages};
@@ -11,9 +11,6 @@ use transship_migration::{MigrationError, chain};
 use transship_types::PageSet;
 
 use crate::{cgroup::Cgroup, container::Occupation, error::Error, tree};
-
-/// The file name of `transship-hollow`.
-const HOLLOW: &str = "libtransship_hollow.so";
 
 /// The memory of one departing container. Dropped, nobody watches it any
 /// more and CRIU sees it again.
@@ -103,19 +100,6 @@ impl Outbound {
             Err(error) => Err(MigrationError::runtime("freeze", error.to_string())),
         }
     }
-}
-
-/// The library that keeps shared objects from CRIU: beside this program, or
-/// where `make install` puts it.
-pub fn hollow_library() -> Option<PathBuf> {
-    let own = env::current_exe().ok()?;
-    let beside = own.parent()?;
-    let installed = beside.parent().map(|prefix| prefix.join("lib/transship"));
-    let found = [Some(beside.to_owned()), installed].into_iter().flatten();
-    let found = found.map(|folder| folder.join(HOLLOW)).find(|path| path.is_file())?;
-    // The loader's list knows no quotes.
-    let plain = found.to_str().is_some_and(|path| !path.contains([' ', ':']));
-    plain.then_some(found)
 }
 
 /// The guard regions of every process, by its id in the container. CRIU finds

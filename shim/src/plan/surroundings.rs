@@ -15,10 +15,15 @@ use nix::sys::{
 };
 use transship_api::control::WatchResponse;
 
+use crate::held;
+
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Surroundings {
     /// Of shared objects (memfd, SysV, anonymous shared memory), each once.
     shared_bytes: u64,
+    /// Of those that CRIU fills itself: SysV segments and shared huge pages,
+    /// and all of them where the library is missing by which it is given them.
+    filled_bytes: u64,
     /// Of private huge pages.
     huge_bytes: u64,
     tmpfs_bytes: u64,
@@ -34,13 +39,17 @@ pub fn survey(pids: &[i32], init: i32) -> Surroundings {
         let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();
         found.huge_bytes += kibibytes(&rollup, "Private_Hugetlb:");
     }
-    found.shared_bytes = shared.values().sum();
+    let everything = held::library().is_none();
+    found.shared_bytes = shared.values().map(|object| object.bytes).sum();
+    let filled = shared.values().filter(|object| everything || object.filled);
+    found.filled_bytes = filled.map(|object| object.bytes).sum();
     found
 }
 
 impl Surroundings {
     pub fn tell(self, response: &mut WatchResponse) {
         response.shared_bytes = self.shared_bytes;
+        response.filled_bytes = self.filled_bytes;
         response.huge_bytes = self.huge_bytes;
         response.tmpfs_bytes = self.tmpfs_bytes;
         response.tmpfs_mounts = self.tmpfs_mounts;
@@ -73,27 +82,36 @@ fn tmpfs_points(table: &str) -> impl Iterator<Item = &str> {
     })
 }
 
-/// Sizes by device and inode. Mapped files of a tmpfs mount are counted there.
-fn shared_objects(pid: i32, mounts: &BTreeSet<u64>, found: &mut BTreeMap<(u64, u64), u64>) {
+struct Object {
+    bytes: u64,
+    filled: bool,
+}
+
+/// By device and inode. Mapped files of a tmpfs mount are counted there.
+fn shared_objects(pid: i32, mounts: &BTreeSet<u64>, found: &mut BTreeMap<(u64, u64), Object>) {
     let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default();
-    for range in shared_ranges(&maps) {
+    for (range, is_segment) in shared_ranges(&maps) {
         let link = format!("/proc/{pid}/map_files/{range}");
         let link = Path::new(&link);
         let (Ok(meta), Ok(on)) = (fs::metadata(link), statfs(link)) else { continue };
         let of_memory = [TMPFS_MAGIC, HUGETLBFS_MAGIC].contains(&on.filesystem_type());
         if of_memory && !mounts.contains(&meta.dev()) {
-            found.insert((meta.dev(), meta.ino()), meta.blocks().saturating_mul(512));
+            let filled = is_segment || on.filesystem_type() == HUGETLBFS_MAGIC;
+            let bytes = meta.blocks().saturating_mul(512);
+            found.insert((meta.dev(), meta.ino()), Object { bytes, filled });
         }
     }
 }
 
-/// `start-end` of shared mappings of an object.
-fn shared_ranges(maps: &str) -> impl Iterator<Item = &str> {
+/// `start-end` of shared mappings of an object, and whether that is a SysV
+/// segment.
+fn shared_ranges(maps: &str) -> impl Iterator<Item = (&str, bool)> {
     maps.lines().filter_map(|line| {
         let mut fields = line.split_ascii_whitespace();
         let (range, permissions) = (fields.next()?, fields.next()?);
         let inode = fields.nth(2)?;
-        (permissions.ends_with('s') && inode != "0").then_some(range)
+        let is_segment = fields.next().is_some_and(|name| name.starts_with("/SYSV"));
+        (permissions.ends_with('s') && inode != "0").then_some((range, is_segment))
     })
 }
 
@@ -119,8 +137,12 @@ mod tests {
 7f00-7f10 rw-s 00000000 00:01 99                         /memfd:x (deleted)\n\
 7f20-7f30 rw-p 00000000 00:00 0 \n\
 7f40-7f50 rw-s 00000000 00:00 0 \n\
-7f60-7f70 r--s 00000000 fe:00 7                          /usr/lib/locale\n";
-        assert_eq!(shared_ranges(maps).collect::<Vec<_>>(), ["7f00-7f10", "7f60-7f70"]);
+7f60-7f70 r--s 00000000 fe:00 7                          /usr/lib/locale\n\
+7f80-7f90 rw-s 00000000 00:01 8                          /SYSV0000002a (deleted)\n";
+        assert_eq!(
+            shared_ranges(maps).collect::<Vec<_>>(),
+            [("7f00-7f10", false), ("7f60-7f70", false), ("7f80-7f90", true)]
+        );
         assert_eq!(
             kibibytes("Rss: 5 kB\nPrivate_Hugetlb:     2048 kB\n", "Private_Hugetlb:"),
             2 << 20

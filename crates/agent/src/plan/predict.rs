@@ -26,6 +26,13 @@ use transship_types::{PAGE, quantity::micros};
 /// pause: bytes per second, as measured for 1 GiB on a small machine.
 const CRIU_SAVES: f64 = 1e9;
 
+/// CRIU fills shared objects from its images, bytes per second, measured alike.
+const CRIU_FILLS: f64 = 1e9;
+
+/// Shared memory is looked through once more while the container stands still,
+/// bytes per second, measured alike.
+const LOOKED_THROUGH: f64 = 4.5e9;
+
 /// Reading a page, and putting it into its place in the target's store.
 const PER_PAGE: Duration = Duration::from_micros(2);
 
@@ -54,6 +61,9 @@ pub struct Behaviour {
     pub scan: Duration,
     /// What CRIU saves inside the pause.
     pub in_pause: u64,
+    /// Bytes of shared objects, and of those that CRIU fills there.
+    pub shared: u64,
+    pub filled: u64,
 }
 
 impl Behaviour {
@@ -62,7 +72,8 @@ impl Behaviour {
         let sum: u64 = m.written.iter().sum();
         let interval = Duration::from_micros(m.interval_us);
         Self {
-            pages: m.pages,
+            // Of both kinds: they go in rounds alike.
+            pages: m.pages.saturating_add(m.shared_bytes / PAGE),
             zero_pages: m.zero_pages.min(m.pages),
             noticed: intervals > 0,
             interval,
@@ -70,7 +81,9 @@ impl Behaviour {
             watched: interval * u32::try_from(intervals).unwrap_or(u32::MAX),
             written: m.written_pages,
             scan: Duration::from_micros(m.scan_us),
-            in_pause: m.shared_bytes.saturating_add(m.tmpfs_bytes),
+            in_pause: m.tmpfs_bytes,
+            shared: m.shared_bytes,
+            filled: m.filled_bytes.min(m.shared_bytes),
         }
     }
 
@@ -126,7 +139,9 @@ fn wire_bytes(pages: u64, zero: u64) -> u64 {
 
 /// `before`: bytes of files and image content that go first.
 pub fn predict(container: &Behaviour, way: &Way, budget: &Budget, before: u64) -> Prediction {
-    let eager = saved_by_criu(container.in_pause, way);
+    let eager = saved_by_criu(container.in_pause, way)
+        + looked_through(container.shared)
+        + filled_by_criu(container.filled);
     let mut prediction = Prediction::default();
     let mut rounds: Vec<RoundFigures> = Vec::new();
     let (mut pages, mut zero, mut throttle) = (container.pages, container.zero_pages, 0);
@@ -175,6 +190,16 @@ pub fn predict(container: &Behaviour, way: &Way, budget: &Budget, before: u64) -
 /// What so many bytes beside private memory cost inside the pause.
 pub fn saved_by_criu(bytes: u64, way: &Way) -> Duration {
     way.takes(bytes) + Duration::from_secs_f64((bytes as f64 / CRIU_SAVES).min(1e9))
+}
+
+/// What so many bytes of shared memory cost inside the pause in any case.
+pub fn looked_through(bytes: u64) -> Duration {
+    Duration::from_secs_f64((bytes as f64 / LOOKED_THROUGH).min(1e9))
+}
+
+/// What so many bytes cost inside the pause that have come before.
+pub fn filled_by_criu(bytes: u64) -> Duration {
+    Duration::from_secs_f64((bytes as f64 / CRIU_FILLS).min(1e9))
 }
 
 fn round(number: usize, pages: u64, zero: u64, scan: Duration, duration: Duration) -> RoundReport {
@@ -271,6 +296,25 @@ mod tests {
         let shared = Behaviour { in_pause: 110 << 20, ..plain.clone() };
         let more = predicted(&shared).expected_downtime_us - predicted(&plain).expected_downtime_us;
         assert!((1_000_000..1_300_000).contains(&more), "{more}");
+    }
+
+    #[test]
+    fn shared_memory_goes_in_rounds_and_is_looked_at_in_the_pause() {
+        let of = |shared_bytes, filled_bytes| {
+            predicted(&Behaviour::new(&WatchResponse {
+                shared_bytes,
+                filled_bytes,
+                written: vec![0; 30],
+                interval_us: 100_000,
+                ..Default::default()
+            }))
+        };
+        let (none, given, filled) = (of(0, 0), of(1 << 30, 0), of(1 << 30, 1 << 30));
+        assert_eq!(given.transferred - none.transferred, 1 << 30);
+        let more = given.expected_downtime_us - none.expected_downtime_us;
+        assert!((150_000..300_000).contains(&more), "{more}");
+        let more = filled.expected_downtime_us - given.expected_downtime_us;
+        assert!((1_000_000..1_200_000).contains(&more), "{more}");
     }
 
     #[test]

@@ -60,11 +60,15 @@ fn of_memory(m: &WatchResponse, way: Option<&Way>, say: &mut impl FnMut(&str, St
         say("tracking", format!("not the best way to notice writes is used: {}", m.fallback));
     }
     if m.shared_bytes >= WORTH_A_WORD {
-        let (size, takes) = (mib(m.shared_bytes), takes(m.shared_bytes));
-        say(
-            "shared-memory",
-            format!("{size} of shared memory are restored inside the pause{takes}"),
-        );
+        let looked = millis(micros(predict::looked_through(m.shared_bytes)));
+        let size = mib(m.shared_bytes);
+        let mut text =
+            format!("{size} of shared memory are looked through inside the pause, about {looked}");
+        if m.filled_bytes > 0 {
+            let filled = millis(micros(predict::filled_by_criu(m.filled_bytes)));
+            text += &format!("; CRIU fills {} of it there, about {filled}", mib(m.filled_bytes));
+        }
+        say("shared-memory", text);
     }
     if m.tmpfs_bytes >= WORTH_A_WORD {
         let (size, takes) = (mib(m.tmpfs_bytes), takes(m.tmpfs_bytes));
@@ -125,6 +129,7 @@ mod tests {
             backend: "none".into(),
             fallback: "an old kernel".into(),
             shared_bytes: 128 << 20,
+            filled_bytes: 8 << 20,
             tmpfs_bytes: 2 << 20,
             huge_bytes: 2 << 20,
             processes: 1000,
@@ -154,7 +159,9 @@ mod tests {
             ]
         );
         let said = remarks(&plan, &tuning);
-        assert!(said[1].text.contains("128 MiB") && said[1].text.contains("about 14"), "{said:?}");
+        let shared = &said[1].text;
+        assert!(shared.contains("128 MiB") && shared.contains("CRIU fills 8 MiB"), "{said:?}");
+        assert!(shared.contains("about 30 ms") && shared.contains("about 9 ms"), "{said:?}");
         assert!(said[6].text.contains("200 ms are expected, and 100 ms"), "{said:?}");
     }
 }

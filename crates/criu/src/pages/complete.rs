@@ -98,10 +98,28 @@ pub struct CompletedShared {
     pub criu_pages: u64,
 }
 
+/// Where the pages of a shared object are, each at its offset, and nothing
+/// else but holes.
+#[derive(Clone, Copy)]
+pub enum Contents<'a> {
+    /// In a file of the directory of the images, which is there no more
+    /// afterwards.
+    Image(&'a str),
+    /// Somewhere else.
+    Open(&'a File),
+}
+
+impl Contents<'_> {
+    fn remove(self, dir: &MemoryDir) -> Result<(), CriuError> {
+        match self {
+            Contents::Image(name) => dir.remove(name),
+            Contents::Open(_) => Ok(()),
+        }
+    }
+}
+
 /// Completes `pagemap-shmem-INODE.img` and its `pages-N.img` with the pages of
 /// a shared object that were `present` at the freeze, by their offset in it.
-/// `contents` is a file of `dir` in which each page is at its offset, and
-/// nothing else but holes; it is there no more afterwards.
 ///
 /// CRIU saves such an object whole or, where it was made to find it empty, not
 /// at all. If it saved it, its images stay as they are. An object that it does
@@ -110,7 +128,7 @@ pub fn complete_shared(
     dir: &MemoryDir,
     inode: u64,
     present: &PageSet,
-    contents: &str,
+    contents: Contents<'_>,
 ) -> Result<CompletedShared, PagesError> {
     let Some(end) = present.iter().last().map(|range| range.end()) else {
         // CRIU has no image for an object of no size.
@@ -120,37 +138,42 @@ pub fn complete_shared(
     let pagemap = Pagemap::read(dir, space)?;
     let criu_pages = pagemap.saved.iter().map(|range| range.pages()).sum();
     if criu_pages > 0 {
-        dir.remove(contents)?;
+        contents.remove(dir)?;
         return Ok(CompletedShared { pages: 0, criu_pages });
     }
     let pages = present.pages();
     let done = CompletedShared { pages, criu_pages: 0 };
-    let whole = PageRange::new(0, end).ok().filter(|whole| whole.pages() - pages <= pages / 8);
-    if let Some(whole) = whole {
-        // Few holes, which become zeros: it is the image already.
-        dir.set_len(contents, end)?;
-        dir.rename(contents, &format!("pages-{}.img", pagemap.pages_id))?;
-        write_pagemap(dir, space, pagemap.pages_id, &[whole])?;
-        return Ok(done);
-    }
-    let file = dir.open(contents)?;
+    let file = match contents {
+        Contents::Open(file) => file,
+        Contents::Image(name) => {
+            // Few holes, which become zeros: it is the image already.
+            let whole = PageRange::new(0, end).ok();
+            if let Some(whole) = whole.filter(|whole| whole.pages() - pages <= pages / 8) {
+                dir.set_len(name, end)?;
+                dir.rename(name, &format!("pages-{}.img", pagemap.pages_id))?;
+                write_pagemap(dir, space, pagemap.pages_id, &[whole])?;
+                return Ok(done);
+            }
+            &dir.open(name)?
+        }
+    };
     pagemap
         .merge(dir, space, present, &mut |range, into| file.read_exact_at(into, range.start()))?;
-    dir.remove(contents)?;
+    contents.remove(dir)?;
     Ok(done)
 }
 
 /// What CRIU saved.
-struct Pagemap {
+pub(super) struct Pagemap {
     pages_id: u32,
     /// In order of address, which is the order of `pages-N.img` as well.
-    saved: Vec<PageRange>,
+    pub saved: Vec<PageRange>,
     /// CRIU marks even pages that it has saved, and would then not read them.
     marked_lazy: bool,
 }
 
 impl Pagemap {
-    fn read(dir: &MemoryDir, space: Space) -> Result<Self, PagesError> {
+    pub fn read(dir: &MemoryDir, space: Space) -> Result<Self, PagesError> {
         let name = name_of(space);
         let Some(image) = Image::read(dir, name.clone(), Type::Pagemap)? else {
             return Err(PagesError::Image { path: dir.path().join(name), why: "it is missing" });

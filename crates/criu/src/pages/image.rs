@@ -26,6 +26,9 @@ pub enum Type {
     Pagemap = 0x5608_4025,
     Inventory = 0x5831_3116,
     Ids = 0x5443_2030,
+    Files = 0x5630_3138,
+    MemfdInode = 0x4845_3499,
+    UserNs = 0x5547_4906,
 }
 
 impl Type {
@@ -171,6 +174,111 @@ pub struct VmaEntry {
     /// A bit for each piece of advice of madvise(2).
     #[prost(uint64, optional, tag = "9")]
     pub madv: Option<u64>,
+    /// How the mapped file was opened.
+    #[prost(uint32, optional, tag = "10")]
+    pub fdflags: Option<u32>,
+}
+
+/// `file_entry`
+#[derive(Clone, PartialEq, Message)]
+pub struct FileEntry {
+    #[prost(uint32, required, tag = "1")]
+    pub kind: u32,
+    #[prost(uint32, required, tag = "2")]
+    pub id: u32,
+    #[prost(message, optional, tag = "20")]
+    pub memfd: Option<MemfdFileEntry>,
+}
+
+/// `memfd_file_entry`
+#[derive(Clone, PartialEq, Message)]
+pub struct MemfdFileEntry {
+    #[prost(uint32, required, tag = "1")]
+    pub id: u32,
+    #[prost(uint32, required, tag = "2")]
+    pub flags: u32,
+    #[prost(uint64, required, tag = "3")]
+    pub pos: u64,
+    #[prost(message, required, tag = "4")]
+    pub fown: FownEntry,
+    #[prost(uint32, required, tag = "5")]
+    pub inode_id: u32,
+}
+
+impl MemfdFileEntry {
+    /// Somebody asked to hear of it.
+    pub fn signals_somebody(&self) -> bool {
+        self.fown.pid != 0 || self.fown.signum != 0
+    }
+}
+
+/// `fown_entry`: who hears of it (`F_SETOWN`).
+#[derive(Clone, PartialEq, Message)]
+pub struct FownEntry {
+    #[prost(uint32, required, tag = "1")]
+    pub uid: u32,
+    #[prost(uint32, required, tag = "2")]
+    pub euid: u32,
+    #[prost(uint32, required, tag = "3")]
+    pub signum: u32,
+    #[prost(uint32, required, tag = "4")]
+    pub pid_type: u32,
+    #[prost(uint32, required, tag = "5")]
+    pub pid: u32,
+}
+
+/// `memfd_inode_entry`
+#[derive(Clone, PartialEq, Message)]
+pub struct MemfdInodeEntry {
+    #[prost(bytes = "vec", required, tag = "1")]
+    pub name: Vec<u8>,
+    #[prost(uint32, required, tag = "2")]
+    pub uid: u32,
+    #[prost(uint32, required, tag = "3")]
+    pub gid: u32,
+    #[prost(uint64, required, tag = "4")]
+    pub size: u64,
+    #[prost(uint32, required, tag = "5")]
+    pub shmid: u32,
+    #[prost(uint32, required, tag = "6")]
+    pub seals: u32,
+    #[prost(uint64, required, tag = "7")]
+    pub inode_id: u64,
+    #[prost(uint32, optional, tag = "8")]
+    pub hugetlb_flag: Option<u32>,
+    #[prost(uint32, optional, tag = "9")]
+    pub mode: Option<u32>,
+}
+
+/// `userns_entry`
+#[derive(Clone, PartialEq, Message)]
+pub struct UserNsEntry {
+    #[prost(message, repeated, tag = "1")]
+    pub users: Vec<IdExtent>,
+    #[prost(message, repeated, tag = "2")]
+    pub groups: Vec<IdExtent>,
+}
+
+/// `uid_gid_extent`
+#[derive(Clone, PartialEq, Message)]
+pub struct IdExtent {
+    #[prost(uint32, required, tag = "1")]
+    pub first: u32,
+    #[prost(uint32, required, tag = "2")]
+    pub lower_first: u32,
+    #[prost(uint32, required, tag = "3")]
+    pub count: u32,
+}
+
+impl UserNsEntry {
+    /// A user or a group of the namespace, as the host knows it.
+    pub fn outside(&self, id: u32, group: bool) -> Option<u32> {
+        let extents = if group { &self.groups } else { &self.users };
+        extents.iter().find_map(|extent| {
+            let at = id.checked_sub(extent.first).filter(|at| *at < extent.count)?;
+            extent.lower_first.checked_add(at)
+        })
+    }
 }
 
 /// `inventory_entry`

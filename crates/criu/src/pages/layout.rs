@@ -24,17 +24,24 @@ mod status {
     pub const ANON_PRIVATE: u32 = 1 << 9;
     pub const VVAR: u32 = 1 << 12;
     pub const AIO_RING: u32 = 1 << 13;
+    pub const MEMFD: u32 = 1 << 14;
     pub const SHADOW_STACK: u32 = 1 << 15;
     pub const GUARD: u32 = 1 << 16;
 }
 
 /// Flags of mmap(2), the same on x86-64 and arm64.
 mod flag {
+    pub const SHARED: u32 = 0x01;
     pub const PRIVATE: u32 = 0x02;
     pub const ANONYMOUS: u32 = 0x20;
     pub const LOCKED: u32 = 0x2000;
     pub const HUGETLB: u32 = 0x40000;
 }
+
+/// Of mmap(2).
+const PROT_WRITE: u32 = 0x2;
+/// `O_ACCMODE` of open(2); 0 is for reading only.
+const ACCESS_MODE: u32 = 0x3;
 
 /// The memory of one process as CRIU will map it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -145,5 +152,23 @@ impl VmaEntry {
 
     pub(super) fn is_guard(&self) -> bool {
         self.is(status::GUARD)
+    }
+
+    /// Its status says that what is mapped is a memfd, or anonymous shared
+    /// memory, and `shmid` names the open file.
+    pub(super) const MEMFD: u32 = status::MEMFD;
+
+    pub(super) fn is_memfd(&self) -> bool {
+        self.is(status::MEMFD)
+    }
+
+    pub(super) fn is_shared(&self) -> bool {
+        self.flags & flag::SHARED != 0
+    }
+
+    /// As CRIU guesses it where its image does not say.
+    pub(super) fn is_of_writable_file(&self) -> bool {
+        let guess = self.prot & PROT_WRITE != 0 && self.is_shared();
+        self.fdflags.map_or(guess, |flags| flags & ACCESS_MODE != 0)
     }
 }

@@ -12,7 +12,7 @@ const PAGEMAP_42: &str = "19435654 25400856 02000000 0801 0e000000 088080fca992f
 /// The same in the form of CRIU 4.1.
 const PAGEMAP_41: &str = "19435654 25400856 02000000 0801 0c000000 088080fca992f91f 1002 2004";
 
-fn bytes(hex: &str) -> Vec<u8> {
+pub(super) fn bytes(hex: &str) -> Vec<u8> {
     let digits: Vec<u8> = hex.bytes().filter(u8::is_ascii_hexdigit).collect();
     let text = |pair: &[u8]| String::from_utf8(pair.to_vec()).unwrap();
     digits.chunks(2).map(|pair| u8::from_str_radix(&text(pair), 16).unwrap()).collect()
@@ -22,17 +22,17 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-fn put(dir: &MemoryDir, name: &str, bytes: &[u8]) {
+pub(super) fn put(dir: &MemoryDir, name: &str, bytes: &[u8]) {
     dir.create_file(name).unwrap().write_all(bytes).unwrap();
 }
 
-fn get(dir: &MemoryDir, name: &str) -> Vec<u8> {
+pub(super) fn get(dir: &MemoryDir, name: &str) -> Vec<u8> {
     let mut bytes = Vec::new();
     dir.open(name).unwrap().read_to_end(&mut bytes).unwrap();
     bytes
 }
 
-fn image(kind: Type, records: &[&[u8]]) -> Vec<u8> {
+pub(super) fn image(kind: Type, records: &[&[u8]]) -> Vec<u8> {
     let mut image = bytes("19435654");
     image.extend((kind as u32).to_le_bytes());
     for record in records {
@@ -50,7 +50,7 @@ fn set(ranges: &[(u64, u64)]) -> PageSet {
     ranges.iter().map(|&(first, last)| range(first, last)).collect()
 }
 
-const ANONYMOUS: (u32, u32) = (0x22, 1 | 1 << 9);
+pub(super) const ANONYMOUS: (u32, u32) = (0x22, 1 | 1 << 9);
 const LOCKED: (u32, u32) = (0x2022, 1 | 1 << 9);
 const HUGE: (u32, u32) = (0x40022, 1 | 1 << 9);
 const FILE_PRIVATE: (u32, u32) = (0x02, 1 | 1 << 6);
@@ -58,13 +58,13 @@ const FILE_SHARED: (u32, u32) = (0x01, 1 | 1 << 7);
 const VDSO_MAP: (u32, u32) = (0x22, 1 | 1 << 3 | 1 << 9);
 const SHADOW_STACK: (u32, u32) = (0x22, 1 | 1 << 9 | 1 << 15);
 
-fn vma(first: u64, last: u64, (flags, status): (u32, u32)) -> VmaEntry {
+pub(super) fn vma(first: u64, last: u64, (flags, status): (u32, u32)) -> VmaEntry {
     let (start, end) = (first * PAGE, last * PAGE);
     VmaEntry { start, end, flags, status, fd: -1, ..Default::default() }
 }
 
 /// Process 1 with the thread 5, whose stack pointer is in page `stack`.
-fn process(vmas: &[VmaEntry], stack: u64) -> MemoryDir {
+pub(super) fn process(vmas: &[VmaEntry], stack: u64) -> MemoryDir {
     use super::image::{CoreEntry, PstreeEntry, RegistersX86, ThreadInfoX86};
     use prost::Message;
     let dir = MemoryDir::create(None).unwrap();
@@ -289,7 +289,7 @@ fn a_shared_object_that_criu_found_empty_gets_its_pages() {
         put(&dir, "pagemap-shmem-77.img", &bytes(EMPTY));
         put(&dir, "pages-3.img", b"");
         contents(&dir, &present);
-        let done = complete_shared(&dir, 77, &present, "contents").unwrap();
+        let done = complete_shared(&dir, 77, &present, Contents::Image("contents")).unwrap();
         assert_eq!(done, CompletedShared { pages: present.pages(), criu_pages: 0 });
         assert_eq!(firsts(&get(&dir, "pages-3.img")), firsts_are);
         let pagemap = hex(&get(&dir, "pagemap-shmem-77.img"));
@@ -305,7 +305,7 @@ fn a_shared_object_that_criu_saved_stays_as_it_is() {
     put(&dir, "pagemap-shmem-77.img", &bytes(&saved));
     put(&dir, "pages-3.img", &[9; 2 * PAGE as usize]);
     contents(&dir, &set(&[(0, 5)]));
-    let done = complete_shared(&dir, 77, &set(&[(0, 5)]), "contents").unwrap();
+    let done = complete_shared(&dir, 77, &set(&[(0, 5)]), Contents::Image("contents")).unwrap();
     assert_eq!(done, CompletedShared { pages: 0, criu_pages: 2 });
     assert_eq!(get(&dir, "pagemap-shmem-77.img"), bytes(&saved));
     assert_eq!(get(&dir, "pages-3.img"), [9; 2 * PAGE as usize]);
@@ -316,12 +316,28 @@ fn a_shared_object_that_criu_saved_stays_as_it_is() {
 #[test]
 fn a_shared_object_that_criu_does_not_know_is_an_error() {
     let dir = MemoryDir::create(None).unwrap();
-    let done = complete_shared(&dir, 77, &PageSet::new(), "contents").unwrap();
+    let done = complete_shared(&dir, 77, &PageSet::new(), Contents::Image("contents")).unwrap();
     assert_eq!(done, CompletedShared::default());
     contents(&dir, &set(&[(0, 1)]));
-    let error = complete_shared(&dir, 77, &set(&[(0, 1)]), "contents").unwrap_err();
+    let error =
+        complete_shared(&dir, 77, &set(&[(0, 1)]), Contents::Image("contents")).unwrap_err();
     assert!(error.to_string().contains("pagemap-shmem-77.img"), "{error}");
     put(&dir, "pagemap-shmem-77.img", &bytes("19435654 25400856 02000000 0803 0100"));
-    let error = complete_shared(&dir, 77, &set(&[(0, 1)]), "contents").unwrap_err();
+    let error =
+        complete_shared(&dir, 77, &set(&[(0, 1)]), Contents::Image("contents")).unwrap_err();
     assert!(matches!(error, PagesError::Image { .. }), "{error}");
+}
+
+#[test]
+fn contents_that_lie_elsewhere_are_copied_into_the_image() {
+    let dir = MemoryDir::create(None).unwrap();
+    let elsewhere = MemoryDir::create(None).unwrap();
+    let present = set(&[(0, 2), (300, 301)]);
+    contents(&elsewhere, &present);
+    put(&dir, "pagemap-shmem-77.img", &bytes(EMPTY));
+    put(&dir, "pages-3.img", b"");
+    let file = elsewhere.open("contents").unwrap();
+    let done = complete_shared(&dir, 77, &present, Contents::Open(&file)).unwrap();
+    assert_eq!(done, CompletedShared { pages: 3, criu_pages: 0 });
+    assert_eq!(firsts(&get(&dir, "pages-3.img")), [0, 1, 44]);
 }

@@ -1,5 +1,6 @@
 //! A batch as a message, and everything that must be true of one that came.
 
+use bytes::Bytes;
 use transship_api::session::{Batch, SpaceName, space_name::Space as Name};
 use transship_memory::codec::{self, BATCH_PAGES, Codec};
 use transship_types::{PAGE, PageRange, PageSet, Space};
@@ -9,6 +10,9 @@ use crate::MigrationError;
 /// PID_MAX_LIMIT of the kernel (proc_sys_kernel(5)).
 const PID_LIMIT: u32 = 1 << 22;
 
+/// memfd_create(2) takes no longer name.
+const MAX_MEMFD_NAME: usize = 249;
+
 /// A batch that was checked.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Checked {
@@ -17,6 +21,8 @@ pub(crate) struct Checked {
     pub pages: Vec<PageRange>,
     pub zeros: Vec<PageRange>,
     pub codec: Codec,
+    /// What the object is called, if it is a memfd.
+    pub memfd: Option<Bytes>,
     /// At most as long as the pages themselves.
     pub wire_bytes: usize,
 }
@@ -47,7 +53,14 @@ impl Checked {
             let what = format!("a batch of {wire_bytes} bytes for {length} of pages");
             return Err(MigrationError::malformed(what));
         }
-        Ok(Self { round: batch.round, space, pages, zeros, codec, wire_bytes })
+        let memfd = batch.memfd.clone();
+        let named = |name: &Bytes| {
+            matches!(space, Space::Shared(_)) && name.len() <= MAX_MEMFD_NAME && !name.contains(&0)
+        };
+        if !memfd.as_ref().is_none_or(named) {
+            return Err(MigrationError::malformed(format!("a name for {space} that is none")));
+        }
+        Ok(Self { round: batch.round, space, pages, zeros, codec, memfd, wire_bytes })
     }
 
     /// Of the pages, once they are expanded.
@@ -170,6 +183,7 @@ mod tests {
             zeros: vec![3, 1, 9, 10],
             codec: 0,
             wire_bytes: 3 * PAGE as u32,
+            memfd: None,
         }
     }
 
@@ -181,6 +195,9 @@ mod tests {
         assert_eq!(checked.zeros, [range(3, 4), range(9, 19)]);
         assert_eq!((checked.length(), checked.wire_bytes), (3 * P, 3 * P));
         assert_eq!(numbers(checked.pages), good().pages);
+        let space = Some(space_name(Space::Shared(7)));
+        let named = Batch { space, memfd: Some(Bytes::new()), ..good() };
+        assert_eq!(Checked::new(&named).unwrap().memfd, Some(Bytes::new()));
     }
 
     #[test]
@@ -214,6 +231,15 @@ mod tests {
             ("too many bytes", |b| b.wire_bytes += 1),
             ("compressed to nothing", |b| (b.codec, b.wire_bytes) = (1, 0)),
             ("compressed to more", |b| b.codec = 2),
+            ("a name of a process", |b| b.memfd = Some(Bytes::from_static(b"name"))),
+            ("a name too long", |b| {
+                b.space = Some(space_name(Space::Shared(7)));
+                b.memfd = Some(vec![b'x'; 250].into());
+            }),
+            ("a name that ends early", |b| {
+                b.space = Some(space_name(Space::Shared(7)));
+                b.memfd = Some(Bytes::from_static(b"x\0y"));
+            }),
             ("bytes for zeros", |b| (b.pages, b.wire_bytes) = (vec![], 1)),
         ];
         for (case, spoil) in cases {

@@ -30,6 +30,11 @@ pub trait PageSink: Send + Sync + 'static {
         bytes: &[u8],
         round: u32,
     ) -> Result<(), MemoryError>;
+    /// This shared object is a memfd of that name. Said before any page of it,
+    /// and with each batch.
+    fn memfd(&self, _object: u64, _name: &[u8]) -> Result<(), MemoryError> {
+        Ok(())
+    }
     /// These are zero.
     fn zero(&self, space: Space, ranges: &[PageRange], round: u32) -> Result<(), MemoryError>;
 }
@@ -253,6 +258,9 @@ async fn apply(
     sink: &dyn PageSink,
     batch: &Checked,
 ) -> Result<(), MigrationError> {
+    if let (Space::Shared(object), Some(name)) = (batch.space, &batch.memfd) {
+        sink.memfd(object, name)?;
+    }
     if batch.wire_bytes > 0 {
         reader.set_deadline(limits::FRAME);
         let wire = run(reader, batch.wire_bytes).await?;

@@ -310,6 +310,7 @@ impl Lane {
             zeros: numbers(sorted.zeros),
             codec: codec.number(),
             wire_bytes: wire_bytes as u32,
+            memfd: round.memory.memfd(space).map(Into::into),
         };
         let message = ShimMessage { message: Some(Message::Batch(batch)) };
         // Three frame headers, as good as.

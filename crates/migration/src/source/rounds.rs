@@ -222,8 +222,6 @@ impl Rounds {
         let round = report::Round { number, dirty_pages, scan, duration, ..Default::default() };
         self.report.add(round, &totals);
         self.report.total = last.present.iter().map(|(_, pages)| pages.pages() * PAGE).sum();
-        let shared = last.present.iter().filter(|(space, _)| matches!(space, Space::Shared(_)));
-        self.report.shared_bytes = shared.map(|(_, pages)| pages.pages() * PAGE).sum();
         Ok(owed)
     }
 

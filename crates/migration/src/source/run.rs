@@ -300,6 +300,8 @@ impl<'a> Run<'a> {
         report.pause.transfer = time(Phase::Transfer);
         report.pause.restore = Duration::from_micros(prepared.restore_us);
         report.criu_pages = prepared.criu_pages;
+        report.shared_bytes = prepared.shared_bytes;
+        report.given_bytes = prepared.given_bytes;
         report.lazy = prepared.lazy;
     }
 
