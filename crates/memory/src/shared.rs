@@ -7,8 +7,11 @@
 //! last read for sending. A page that changes between the two is named again by
 //! the next round, whatever it changes to.
 //!
-//! Objects are read with pread and never mapped here: they may shrink at any
-//! time, which would end us by SIGBUS, and a read of a hole must not fill it.
+//! The last look is part of the pause, so it takes what processors there are,
+//! and reads objects where they are mapped here: hashing is then all it costs.
+//! But only those that nobody can make shorter, because to touch what is not
+//! there any more would end us by SIGBUS. The others, and all of them while the
+//! container runs, are read with pread, which fills no hole either.
 
 use std::{
     collections::BTreeMap,
@@ -21,21 +24,33 @@ use std::{
             fs::{FileExt, MetadataExt},
         },
     },
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+    thread,
 };
 
 use nix::{
     errno::Errno,
+    fcntl::{FcntlArg, SealFlag, fcntl},
     sys::memfd::{MFdFlags, memfd_create},
     unistd::{Whence, lseek},
 };
 use transship_types::{ADDRESS_LIMIT, PAGE, PageRange, PageSet, Space};
 use xxhash_rust::xxh3::xxh3_128;
 
-use crate::{Dirty, MemoryError, maps, tracker::Pids};
+use crate::{Dirty, MemoryError, maps, sys::view::View, tracker::Pids};
 
-/// Looked at with one read: within the processor's second-level cache.
+/// Read with one call: within the processor's second-level cache.
 const CHUNK: u64 = 256 << 10;
+
+/// What a thread takes at once to look through: far more work than taking it,
+/// far less than there is to do where that matters.
+const PIECE_PAGES: u64 = 1024;
+
+/// Threads for the last look. Memory is not faster for more.
+const THREADS: usize = 4;
 
 /// Pages whose hashes are kept together, so that a sparse object of a terabyte
 /// takes no more than what is in it.
@@ -64,7 +79,20 @@ struct Object {
     file: File,
     /// The name it has as a memfd, or is restored with as one.
     memfd: Option<Vec<u8>>,
+    /// Nobody can make it shorter.
+    fixed: bool,
+    /// Made when it was first looked at, if it is fixed.
+    view: OnceLock<Option<View>>,
     sent: Mutex<Hashes>,
+}
+
+/// How to look at objects.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Looking {
+    /// One thread: the container needs the processor too.
+    WhileItRuns,
+    /// As fast as can be.
+    InThePause,
 }
 
 /// What was last read of each page; absent or 0: nothing.
@@ -96,19 +124,26 @@ impl SharedObjects {
 
     /// What is not as it was when it was last read.
     pub fn round(&self) -> Result<Dirty, MemoryError> {
-        Ok(self.last()?.0)
+        Ok(self.look(Looking::WhileItRuns)?.0)
     }
 
-    /// The same, and the pages that exist.
+    /// The same for the last time, and the pages that exist.
     pub fn last(&self) -> Result<(Dirty, Vec<(Space, PageSet)>), MemoryError> {
-        let (mut dirty, mut present) = (Dirty::default(), Vec::new());
-        for (inode, found) in self.survey()? {
-            let (there, changed) =
-                found.object.look(found.reach).map_err(failed("looking at shared memory"))?;
-            dirty.spaces.push((Space::Shared(inode), changed));
-            present.push((Space::Shared(inode), there));
+        self.look(Looking::InThePause)
+    }
+
+    fn look(&self, how: Looking) -> Result<(Dirty, Vec<(Space, PageSet)>), MemoryError> {
+        let found = self.survey()?;
+        let mut objects = Vec::new();
+        for found in found.values() {
+            let there = found.object.there(found.reach);
+            objects.push((&*found.object, there.map_err(failed("looking at shared memory"))?));
         }
-        Ok((dirty, present))
+        let changed = changed(&objects, how).map_err(failed("looking at shared memory"))?;
+        let spaces = || found.keys().map(|inode| Space::Shared(*inode));
+        let dirty = Dirty { spaces: spaces().zip(changed).collect() };
+        let present = objects.into_iter().map(|(_, there)| there);
+        Ok((dirty, spaces().zip(present).collect()))
     }
 
     /// As [`crate::Memory::read`]; remembers what it has read.
@@ -200,8 +235,7 @@ impl SharedObjects {
                     if meta.dev() != self.device || meta.ino() != inode {
                         continue;
                     }
-                    let memfd = memfd_name(&file)?;
-                    Arc::new(Object { file, memfd, sent: Mutex::default() })
+                    Arc::new(Object::new(file)?)
                 }
             };
             now.insert(inode, Found { object, name: name.to_vec(), reach, doubtful: false });
@@ -242,42 +276,116 @@ fn shared(line: &[u8]) -> Option<Mapping<'_>> {
     Some(Mapping { range, inode, name, reach })
 }
 
-/// CRIU restores anonymous memory as a memfd too, and calls that as the kernel
-/// calls the memory. A SysV segment stays one.
-fn memfd_name(file: &File) -> io::Result<Option<Vec<u8>>> {
-    // maps would show some characters in another way.
-    let link = fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))?.into_os_string();
-    let link = link.as_bytes().strip_suffix(b" (deleted)").unwrap_or(link.as_bytes());
-    Ok(match link.strip_prefix(b"/memfd:") {
-        Some(name) => Some(name.to_owned()),
-        None => (link == b"/dev/zero").then(|| link.to_owned()),
+/// What of each object is not as it was sent, in their order.
+fn changed(objects: &[(&Object, PageSet)], how: Looking) -> io::Result<Vec<PageSet>> {
+    let mut pieces = Vec::new();
+    for (index, (_, there)) in objects.iter().enumerate() {
+        for extent in there.iter() {
+            let mut left = Some(extent);
+            while let Some((piece, rest)) = left.map(|range| range.split(PIECE_PAGES)) {
+                pieces.push((index, piece));
+                left = rest;
+            }
+        }
+    }
+    let next = AtomicUsize::new(0);
+    let work = || -> io::Result<Vec<(usize, PageSet)>> {
+        let mut buffer = vec![0; CHUNK as usize];
+        let mut found = Vec::new();
+        while let Some(&(index, piece)) = pieces.get(next.fetch_add(1, Relaxed)) {
+            let changed = objects[index].0.changed(piece, how, &mut buffer)?;
+            if !changed.is_empty() {
+                found.push((index, changed));
+            }
+        }
+        Ok(found)
+    };
+    let threads = match how {
+        Looking::WhileItRuns => 1,
+        Looking::InThePause => thread::available_parallelism().map_or(1, |n| n.get().min(THREADS)),
+    };
+    let mut all = vec![PageSet::new(); objects.len()];
+    thread::scope(|scope| {
+        let others = 1..threads.min(pieces.len());
+        let others: Vec<_> = others.map(|_| scope.spawn(work)).collect();
+        let own = work();
+        let others =
+            others.into_iter().map(|o| o.join().unwrap_or_else(|e| std::panic::resume_unwind(e)));
+        for found in std::iter::once(own).chain(others) {
+            found?.iter().for_each(|(index, changed)| all[*index].extend(changed));
+        }
+        Ok(all)
     })
 }
 
 impl Object {
+    fn new(file: File) -> io::Result<Self> {
+        // maps would show some characters in another way.
+        let link = fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))?.into_os_string();
+        let link = link.as_bytes().strip_suffix(b" (deleted)").unwrap_or(link.as_bytes());
+        let name = link.strip_prefix(b"/memfd:");
+        // CRIU restores anonymous memory as a memfd too, and calls that as the
+        // kernel calls the memory. A SysV segment stays one.
+        let memfd = name.or((link == b"/dev/zero").then_some(link)).map(<[u8]>::to_owned);
+        let fixed = name.is_none() || {
+            let seals = fcntl(&file, FcntlArg::F_GET_SEALS).unwrap_or(0);
+            SealFlag::from_bits_retain(seals).contains(SealFlag::F_SEAL_SHRINK)
+        };
+        let (view, sent) = (OnceLock::new(), Mutex::default());
+        Ok(Self { file, memfd, fixed, view, sent })
+    }
+
     fn sent(&self) -> MutexGuard<'_, Hashes> {
         self.sent.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The pages that exist up to `reach`, and those of them that have changed.
-    fn look(&self, reach: u64) -> io::Result<(PageSet, PageSet)> {
-        let (mut there, mut changed) = (PageSet::new(), PageSet::new());
-        let mut buffer = vec![0; CHUNK as usize];
-        let mut at = 0;
+    /// The pages that exist up to `reach`.
+    fn there(&self, reach: u64) -> io::Result<PageSet> {
+        let (mut there, mut at) = (PageSet::new(), 0);
         while let Some(extent) = self.extent(at)? {
             at = extent.end();
             let Ok(extent) = PageRange::new(extent.start(), at.min(reach)) else { break };
             there.insert(extent);
-            let mut left = Some(extent);
-            while let Some((now, rest)) = left.map(|range| range.split(CHUNK / PAGE)) {
-                left = rest;
-                let bytes = &mut buffer[..now.bytes() as usize];
-                fill(&self.file, now.start(), bytes)?;
-                let sent = self.sent();
-                changed.extend(&differing(now, bytes, |page| sent.of(page)));
-            }
         }
-        Ok((there, changed))
+        Ok(there)
+    }
+
+    /// Those pages of a range of existing ones that are not as they were sent.
+    fn changed(&self, range: PageRange, how: Looking, buffer: &mut [u8]) -> io::Result<PageSet> {
+        let view = self.view().filter(|view| view.has(range));
+        if how == Looking::WhileItRuns
+            && let Some(view) = view
+        {
+            view.find(range);
+        }
+        let mut changed = PageSet::new();
+        let mut left = Some(range);
+        while let Some((now, rest)) = left.map(|range| range.split(CHUNK / PAGE)) {
+            left = rest;
+            let bytes = &mut buffer[..now.bytes() as usize];
+            match view.filter(|_| how == Looking::InThePause) {
+                Some(view) => view.read(now, bytes),
+                None => _ = fill(&self.file, now.start(), bytes)?,
+            }
+            let hashes: Vec<_> = bytes.chunks(PAGE as usize).map(hash).collect();
+            let sent = self.sent();
+            let pages = (now.start()..).step_by(PAGE as usize).zip(hashes);
+            let differ = pages.filter(|(start, hash)| *hash != sent.of(start / PAGE));
+            // One page of a range that was checked.
+            changed.extend(
+                &differ.filter_map(|(start, _)| PageRange::of_pages(start, 1).ok()).collect(),
+            );
+        }
+        Ok(changed)
+    }
+
+    fn view(&self) -> Option<&View> {
+        let make = || {
+            let bytes = self.file.metadata().ok()?.len();
+            // One that cannot be mapped is read.
+            View::of(&self.file, bytes).ok()
+        };
+        self.view.get_or_init(|| self.fixed.then(make).flatten()).as_ref()
     }
 
     /// The next run of pages that exist, from `at` on. Swapped ones do.
@@ -317,13 +425,6 @@ fn hash(page: &[u8]) -> u128 {
     xxh3_128(page).max(1)
 }
 
-fn differing(range: PageRange, bytes: &[u8], sent: impl Fn(u64) -> u128) -> PageSet {
-    let pages = (range.start()..).step_by(PAGE as usize).zip(bytes.chunks(PAGE as usize));
-    let differ = pages.filter(|(start, bytes)| hash(bytes) != sent(start / PAGE));
-    // One page of a range that was checked.
-    differ.filter_map(|(start, _)| PageRange::of_pages(start, 1).ok()).collect()
-}
-
 /// Reads up to the end of the file; the rest becomes zero.
 fn fill(file: &File, start: u64, into: &mut [u8]) -> io::Result<usize> {
     let mut read = 0;
@@ -350,16 +451,55 @@ mod tests {
     fn object(bytes: u64) -> Object {
         let file = File::from(memfd_create(c"test", MFdFlags::MFD_CLOEXEC).unwrap());
         file.set_len(bytes).unwrap();
-        Object { file, memfd: None, sent: Mutex::default() }
+        Object::new(file).unwrap()
+    }
+
+    impl Object {
+        /// What there is, and what of it has changed; in both ways the same.
+        fn look(&self, reach: u64) -> io::Result<(PageSet, PageSet)> {
+            let there = self.there(reach)?;
+            let objects = [(self, there)];
+            let [running, pause] = [Looking::WhileItRuns, Looking::InThePause].map(|how| {
+                let mut all = changed(&objects, how)?;
+                Ok::<_, io::Error>(all.remove(0))
+            });
+            let (running, [(_, there)]) = (running?, objects);
+            assert_eq!(running, pause?);
+            Ok((there, running))
+        }
     }
 
     #[test]
     fn a_memfd_tells_its_name() {
-        let of = |name| memfd_name(&File::from(memfd_create(name, MFdFlags::empty()).unwrap()));
-        for name in [c"", c"with space", c"new\nline", c"x (deleted)", c"/memfd:y"] {
-            assert_eq!(of(name).unwrap().as_deref(), Some(name.to_bytes()), "{name:?}");
+        for name in [c"", c"with space", c"new\nline", c"x (deleted)", c"/memfd:y", c"/dev/zero"] {
+            let object = Object::new(memfd_create(name, MFdFlags::empty()).unwrap().into());
+            let object = object.unwrap();
+            assert_eq!((object.memfd.as_deref(), object.fixed), (Some(name.to_bytes()), false));
         }
-        assert_eq!(memfd_name(&File::open("/dev/null").unwrap()).unwrap(), None);
+    }
+
+    /// The others could end us while we look at them.
+    #[test]
+    fn what_cannot_shrink_is_looked_at_where_it_is() {
+        let flags = MFdFlags::MFD_ALLOW_SEALING;
+        let file = File::from(memfd_create(c"sealed", flags).unwrap());
+        file.set_len(3000 * PAGE).unwrap();
+        fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK)).unwrap();
+        let object = Object::new(file).unwrap();
+        let written = [0, 1, 5, 1023, 1024, 2999];
+        written.iter().for_each(|page| write(&object, *page, 1));
+        let there: PageSet = written.iter().map(|&page| range(page, page + 1)).collect();
+        assert_eq!(object.look(ADDRESS_LIMIT).unwrap(), (there.clone(), there.clone()));
+        assert!(object.view().is_some());
+        take(&object, &there);
+        [1, 1024, 2000].iter().for_each(|page| write(&object, *page, 2));
+        let changed = set(&[(1, 2), (1024, 1025), (2000, 2001)]);
+        assert_eq!(object.look(ADDRESS_LIMIT).unwrap().1, changed);
+        // Longer than it is mapped.
+        object.file.set_len(4000 * PAGE).unwrap();
+        write(&object, 3500, 3);
+        assert!(object.look(ADDRESS_LIMIT).unwrap().1.contains(3500 * PAGE));
+        assert_eq!(object.file.metadata().unwrap().blocks() * 512, 8 * PAGE, "no hole is filled");
     }
 
     fn range(first: u64, last: u64) -> PageRange {
@@ -453,20 +593,19 @@ mod tests {
     #[ignore = "a measurement, which proves nothing on a busy machine"]
     fn speed() {
         const PAGES: u64 = 1 << 17;
-        let object = object(PAGES * PAGE);
-        object.file.write_all_at(&vec![7; (PAGES * PAGE) as usize], 0).unwrap();
-        // Nanoseconds of processor time; others may need the processor too.
-        let spent = || -> u64 {
-            let text = fs::read_to_string("/proc/thread-self/schedstat").unwrap();
-            text.split(' ').next().unwrap().parse().unwrap()
-        };
-        for _ in 0..3 {
-            let begin = spent();
-            let (there, changed) = object.look(ADDRESS_LIMIT).unwrap();
-            let seconds = (spent() - begin) as f64 / 1e9;
-            assert_eq!(there.pages(), PAGES);
-            println!("{:.2} GB/s", (PAGES * PAGE) as f64 / seconds / 1e9);
-            take(&object, &changed);
+        for seals in [SealFlag::empty(), SealFlag::F_SEAL_SHRINK] {
+            let file = File::from(memfd_create(c"test", MFdFlags::MFD_ALLOW_SEALING).unwrap());
+            file.write_all_at(&vec![7; (PAGES * PAGE) as usize], 0).unwrap();
+            fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).unwrap();
+            let object = Object::new(file).unwrap();
+            let objects = [(&object, object.there(ADDRESS_LIMIT).unwrap())];
+            take(&object, &objects[0].1);
+            for how in [Looking::WhileItRuns, Looking::InThePause, Looking::InThePause] {
+                let begin = std::time::Instant::now();
+                assert!(changed(&objects, how).unwrap()[0].is_empty());
+                let rate = (PAGES * PAGE) as f64 / begin.elapsed().as_secs_f64() / 1e9;
+                println!("{seals:?} {how:?}: {rate:.2} GB/s");
+            }
         }
     }
 }

@@ -6,3 +6,4 @@ pub(crate) mod process;
 pub(crate) mod ptrace;
 pub(crate) mod socket;
 pub mod uffd;
+pub(crate) mod view;
