@@ -56,9 +56,10 @@ need_base_packages() {
     local wanted=() package
     # redis-tools, not redis-server: it holds the server's program (the other
     # package adds a link and a service), and no test wants the service.
+    # postgresql: its programs, for a test; no service of it is started.
     # iptables: CRIU saves a network namespace's rules with it.
     for package in busybox-static ca-certificates containernetworking-plugins gcc git \
-        iproute2 iptables libc6-dev make pkg-config procps protobuf-compiler python3 \
+        iproute2 iptables libc6-dev make pkg-config postgresql procps protobuf-compiler python3 \
         redis-tools tar util-linux; do
         installed "$package" || wanted+=("$package")
     done

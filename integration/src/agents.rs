@@ -183,6 +183,12 @@ impl Site {
         self.answer(&["migrate", container, "--to", &self.peer.0])
     }
 
+    /// The same with a pause that may be long: however busy this machine is, it
+    /// is not given up.
+    pub fn migrate_whatever_it_takes(&self, container: &str) -> Result<Value> {
+        self.answer(&["migrate", container, "--to", &self.peer.0, "--max-pause", "20s"])
+    }
+
     /// The migrations this agent knows, oldest first.
     pub fn migrations(&self) -> Result<Vec<Value>> {
         let all = self.answer(&["status"])?;

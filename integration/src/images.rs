@@ -25,6 +25,9 @@ pub enum Image {
     /// `redis-server` on all addresses, no persistence; `redis-cli`; and
     /// `redis-writer`, where it is built.
     Redis,
+    /// `postgres` with `initdb`, `psql` and `pg_amcheck`, and a place for the
+    /// data of anybody.
+    Postgres,
     /// The interpreter with its standard library.
     Python,
     /// What Kubernetes holds a pod's namespaces with: no shell, not root.
@@ -34,13 +37,11 @@ pub enum Image {
 }
 
 impl Image {
-    pub const ALL: [Self; 5] =
-        [Self::Busybox, Self::Redis, Self::Python, Self::Pause, Self::Workload];
-
     pub fn reference(self) -> &'static str {
         match self {
             Self::Busybox => "docker.io/library/busybox:1.35",
             Self::Redis => "docker.io/library/redis:7",
+            Self::Postgres => "docker.io/library/postgres:1",
             Self::Python => "docker.io/library/python:3",
             Self::Pause => "registry.k8s.io/pause:3.8",
             Self::Workload => "docker.io/library/workload:1",
@@ -51,6 +52,7 @@ impl Image {
         match self {
             Self::Busybox => "busybox",
             Self::Redis => "redis",
+            Self::Postgres => "postgres",
             Self::Python => "python",
             Self::Pause => "pause",
             Self::Workload => "workload",
@@ -64,6 +66,7 @@ impl Image {
             Self::Busybox => json!({"Env": [path], "Cmd": ["sh"]}),
             Self::Redis => json!({"Env": [path], "WorkingDir": "/data",
                 "Cmd": ["redis-server", "--save", "", "--protected-mode", "no"]}),
+            Self::Postgres => json!({"Env": [path], "Cmd": ["postgres"]}),
             Self::Python => json!({"Env": [path], "Cmd": ["python3"]}),
             Self::Pause => json!({"Env": [path], "Entrypoint": ["/pause"], "User": "65535:65535"}),
             Self::Workload => json!({"Env": [path], "Cmd": ["workload"]}),
@@ -75,7 +78,7 @@ impl Image {
         match self {
             Self::Redis => ours("redis-writer"),
             Self::Workload => ours("workload"),
-            Self::Busybox | Self::Python | Self::Pause => None,
+            Self::Busybox | Self::Postgres | Self::Python | Self::Pause => None,
         }
     }
 
@@ -91,6 +94,10 @@ impl Image {
                 if let Some(writer) = ours("redis-writer") {
                     program(root, &writer, "usr/bin/redis-writer")?;
                 }
+            }
+            Self::Postgres => {
+                base(root)?;
+                postgres(root)?;
             }
             Self::Python => {
                 base(root)?;
@@ -227,6 +234,44 @@ fn python(root: &Path) -> Result<()> {
             libraries(root, &module?.path())?;
         }
     }
+    Ok(())
+}
+
+/// Where Debian has it: it looks for its other parts from there.
+fn postgres(root: &Path) -> Result<()> {
+    let versions = fs::read_dir("/usr/lib/postgresql").context("Debian's postgresql")?;
+    let installed = versions
+        .filter_map(|version| version.ok()?.file_name().to_str()?.parse::<u32>().ok())
+        .filter(|version| {
+            Path::new(&format!("/usr/lib/postgresql/{version}/bin/postgres")).exists()
+        });
+    let version = installed.max().context("Debian's postgresql")?;
+    let home = format!("usr/lib/postgresql/{version}");
+    for name in ["postgres", "initdb", "psql", "pg_amcheck"] {
+        let path = format!("{home}/bin/{name}");
+        program(root, &Path::new("/").join(&path), &path)?;
+        symlink(Path::new("/").join(&path), root.join("usr/bin").join(name))?;
+    }
+    for module in ["plpgsql.so", "dict_snowball.so", "amcheck.so"] {
+        let path = format!("{home}/lib/{module}");
+        copy(&Path::new("/").join(&path), &root.join(&path))?;
+    }
+    let share = format!("usr/share/postgresql/{version}");
+    fs::create_dir_all(root.join("usr/share/postgresql"))?;
+    succeed(
+        Command::new("cp")
+            .arg("-rL")
+            .arg(Path::new("/").join(&share))
+            .arg(root.join("usr/share/postgresql")),
+    )?;
+    let zone = "usr/share/zoneinfo/Etc/UTC";
+    copy(&Path::new("/").join(zone), &root.join(zone))?;
+    copy(&Path::new("/").join(zone), &root.join("etc/localtime"))?;
+    let data = root.join("var/lib/postgresql");
+    fs::create_dir_all(&data)?;
+    fs::set_permissions(&data, fs::Permissions::from_mode(0o1777))?;
+    let mut users = fs::OpenOptions::new().append(true).open(root.join("etc/passwd"))?;
+    writeln!(users, "postgres:x:70:70::/var/lib/postgresql:/bin/sh")?;
     Ok(())
 }
 

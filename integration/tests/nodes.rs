@@ -52,6 +52,7 @@ fn every_image_runs() -> Result<()> {
     for (image, command, expected) in [
         (Image::Busybox, &["echo", "hello"][..], "hello"),
         (Image::Redis, &["redis-server", "--version"], "Redis server v="),
+        (Image::Postgres, &["postgres", "--version"], "postgres (PostgreSQL)"),
         (Image::Python, &["python3", "-c", "import ssl, ctypes, json; print(6 * 7)"], "42"),
     ] {
         let reference = node.image(image)?;

@@ -8,6 +8,7 @@ mod happy;
 mod mappings;
 mod memory;
 mod post_copy;
+mod postgres;
 mod refusals;
 mod room;
 mod shared;
