@@ -77,6 +77,8 @@ struct Under {
 
 struct Proved {
     proof: Evidence,
+    /// Not the target's word but a person's, under this epoch.
+    decided: Option<Epoch>,
     settled: oneshot::Sender<(Ending, std::result::Result<(), String>)>,
 }
 
@@ -247,7 +249,8 @@ impl Shim for Control {
             (true, false) => Evidence::RunsThere,
             (false, _) => Evidence::NotThere,
         };
-        proof.send(Proved { proof: known, settled }).await.map_err(|_| gone())?;
+        let decided = (request.decided > 0).then_some(Epoch(request.decided));
+        proof.send(Proved { proof: known, decided, settled }).await.map_err(|_| gone())?;
         let answer = answer.await;
         // Whether or not all went well: there is nothing left to settle.
         if !matches!(answer, Ok((Ending::InDoubt, _))) {
@@ -325,7 +328,7 @@ async fn run(
     while let Some((mut leaving, doubt)) = kept.take()
         && let Some(proved) = proofs.recv().await
     {
-        let answer = match settle(&mut leaving, doubt, proved.proof).await {
+        let answer = match settle(&mut leaving, doubt, proved.proof, proved.decided).await {
             Ok((ending, settled)) => {
                 drop(leaving);
                 (ending, settled.map_err(|error| chain(&error)))

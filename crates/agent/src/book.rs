@@ -15,12 +15,15 @@ use std::{
 
 use protobuf::Message as _;
 use serde::{Deserialize, Serialize};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use transship_api::control::{Progress, Report};
 pub use transship_migration::journal::Role;
-use transship_migration::{decide::Journaled, journal};
-use transship_types::{Code, ContainerKey, MigrationId, NodeName, Refusal};
+use transship_migration::{
+    decide::{Choice, Journaled},
+    journal,
+};
+use transship_types::{Code, ContainerKey, Epoch, MigrationId, NodeName, Refusal};
 
 use crate::failure::{Failure, Step};
 
@@ -76,13 +79,45 @@ pub struct Record {
     pub phase: String,
     pub ending: Ending,
     pub error: String,
-    /// Seconds since the epoch.
+    /// Seconds since the epoch; 0: never.
     pub started: i64,
+    #[serde(default)]
+    pub ended: i64,
+    #[serde(default)]
+    pub in_doubt_since: i64,
+    #[serde(default)]
+    pub decision: Option<Decision>,
+}
+
+/// What a person has decided without proof.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Decision {
+    pub choice: Choice,
+    /// What was said under a lower one is void.
+    pub epoch: Epoch,
+    /// Seconds since the epoch.
+    pub at: i64,
+    /// The other node knows, and has nothing of it any more. On the target:
+    /// this one has nothing any more.
+    pub followed: bool,
+    /// Both nodes ran it for a while.
+    pub both_ran: bool,
+}
+
+impl Decision {
+    pub fn new(choice: Choice, epoch: Epoch) -> Self {
+        Self { choice, epoch, at: now(), followed: false, both_ran: false }
+    }
+}
+
+/// In seconds since the epoch.
+fn now() -> i64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    now.as_secs().try_into().unwrap_or(i64::MAX)
 }
 
 impl Record {
     pub fn new(migration: MigrationId, key: ContainerKey, role: Role, peer: NodeName) -> Self {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         Self {
             migration,
             key,
@@ -94,12 +129,27 @@ impl Record {
             phase: "begin".into(),
             ending: Ending::Running,
             error: String::new(),
-            started: now.as_secs().try_into().unwrap_or(i64::MAX),
+            started: now(),
+            ended: 0,
+            in_doubt_since: 0,
+            decision: None,
         }
     }
 
     pub fn has_ended(&self) -> bool {
         !matches!(self.ending, Ending::Running | Ending::InDoubt)
+    }
+
+    /// Of the last decision; what was never decided has the first.
+    pub fn epoch(&self) -> Epoch {
+        self.decision.as_ref().map_or(Epoch(1), |decision| decision.epoch)
+    }
+
+    /// The target must still hear that the source's copy runs on.
+    pub fn must_fence(&self) -> bool {
+        let decided = self.decision.as_ref();
+        let open = decided.is_some_and(|d| d.choice == Choice::RunHere && !d.followed);
+        open && self.role == Role::Source && self.ending == Ending::StayedHome
     }
 
     /// That of the shim on this side.
@@ -130,7 +180,25 @@ pub struct View {
     pub too_late: Option<String>,
     /// It stands still until the target has answered.
     pub in_doubt: bool,
+    /// When the target was asked last, and what came of it.
+    pub answer: Option<(i64, String)>,
     pub end: Option<End>,
+}
+
+/// Somebody decides, and waits for what comes of it.
+#[derive(Debug)]
+pub struct Request {
+    pub choice: Choice,
+    pub answer: oneshot::Sender<Step<Resolved>>,
+}
+
+/// How a doubt ended that somebody wanted to end.
+#[derive(Debug)]
+pub struct Resolved {
+    /// The target had proof, and nobody had to decide.
+    pub by_proof: bool,
+    pub ending: Ending,
+    pub outcome: String,
 }
 
 /// The handle to a running migration.
@@ -139,9 +207,19 @@ pub struct Live {
     pub migration: MigrationId,
     pub cancel: CancellationToken,
     view: watch::Sender<View>,
+    /// There while it is in doubt.
+    resolver: Mutex<Option<mpsc::Sender<Request>>>,
 }
 
 impl Live {
+    /// Asks whoever settles it; `None`: it is not in doubt.
+    pub async fn resolve(&self, choice: Choice) -> Option<oneshot::Receiver<Step<Resolved>>> {
+        let resolver = self.resolver.lock().unwrap_or_else(PoisonError::into_inner).clone()?;
+        let (answer, answered) = oneshot::channel();
+        resolver.send(Request { choice, answer }).await.ok()?;
+        Some(answered)
+    }
+
     pub fn watch(&self) -> watch::Receiver<View> {
         self.view.subscribe()
     }
@@ -205,6 +283,7 @@ impl Book {
                 progress: Progress { phase: record.phase.clone(), ..Default::default() },
                 ..Default::default()
             }),
+            resolver: Mutex::default(),
         });
         match self.inner().live.entry(record.key.clone()) {
             hash_map::Entry::Vacant(place) => drop(place.insert(live.clone())),
@@ -277,6 +356,9 @@ impl Book {
             return Ok(());
         };
         change(&mut record);
+        if record.has_ended() && record.ended == 0 {
+            record.ended = now();
+        }
         self.write(record).await
     }
 
@@ -404,8 +486,33 @@ impl Entry {
         self.book
             .change(&self.live.migration, |r| {
                 (r.ending, r.error) = (Ending::InDoubt, error.into());
+                if r.in_doubt_since == 0 {
+                    r.in_doubt_since = now();
+                }
             })
             .await
+    }
+
+    /// From now on a person may decide; the receiver hears of it.
+    pub fn requests(&self) -> mpsc::Receiver<Request> {
+        let (resolver, requests) = mpsc::channel(1);
+        let mut slot = self.live.resolver.lock().unwrap_or_else(PoisonError::into_inner);
+        *slot = Some(resolver);
+        requests
+    }
+
+    /// What the target has said, or why nothing.
+    pub fn answered(&self, answer: &str) {
+        self.live.view.send_modify(|v| v.answer = Some((now(), answer.into())));
+    }
+
+    pub fn record(&self) -> Option<Record> {
+        self.book.record(&self.live.migration)
+    }
+
+    /// Before anybody acts upon it; `None` withdraws it.
+    pub async fn decide(&self, decision: Option<Decision>) -> Step<()> {
+        self.book.change(&self.live.migration, |r| r.decision = decision).await
     }
 
     /// Writes the ending down; only then do watchers hear of it.
@@ -436,7 +543,7 @@ impl Drop for Entry {
 fn forget(records: &mut BTreeMap<MigrationId, Record>) -> Vec<MigrationId> {
     let mut ended: Vec<_> = records
         .values()
-        .filter(|r| r.has_ended())
+        .filter(|r| r.has_ended() && !r.must_fence())
         .map(|r| (r.started, r.migration.clone()))
         .collect();
     ended.sort_by_key(|(started, _)| *started);

@@ -9,8 +9,9 @@ use transship_api::{
     control::{
         CancelRequest, CancelResponse, CheckRequest, CheckResponse, ContainerEntry, Failed,
         LimitRequest, LimitResponse, ListRequest, ListResponse, MigrateEvent, MigrateRequest,
-        MigrationEntry, PlanRequest, PlanResponse, Report, Started, StatusRequest, StatusResponse,
-        VersionRequest, VersionResponse, migrate_event::Event,
+        MigrationEntry, PlanRequest, PlanResponse, Report, ResolveRequest, ResolveResponse,
+        Started, StatusRequest, StatusResponse, VersionRequest, VersionResponse,
+        migrate_event::Event,
     },
     control_ttrpc,
 };
@@ -23,7 +24,7 @@ use crate::{
     daemon::{Listed, TaskStatus},
     failure::{Failure, Step, chain, from_control, to_control},
     node::Node,
-    plan, source,
+    plan, resolve, source,
 };
 
 /// Also the proof that the command line is still there: a write to a socket
@@ -78,7 +79,7 @@ impl control_ttrpc::Agent for Control {
         request: StatusRequest,
     ) -> ttrpc::Result<StatusResponse> {
         let migrations = match request.migration.as_str() {
-            "" => self.0.book.records().into_iter().map(migration).collect(),
+            "" => self.0.book.records().into_iter().map(|r| self.entry(r)).collect(),
             asked => vec![self.in_full(self.record(asked).map_err(|f| status(&f))?).await],
         };
         Ok(StatusResponse { migrations, ..Default::default() })
@@ -133,6 +134,15 @@ impl control_ttrpc::Agent for Control {
         Ok(cancellation(view))
     }
 
+    async fn resolve(
+        &self,
+        _: &TtrpcContext,
+        request: ResolveRequest,
+    ) -> ttrpc::Result<ResolveResponse> {
+        let record = self.record(&request.migration).map_err(|f| status(&f))?;
+        resolve::resolve(&self.0, record, &request).await.map_err(|f| status(&f))
+    }
+
     async fn limit(&self, _: &TtrpcContext, request: LimitRequest) -> ttrpc::Result<LimitResponse> {
         let record = self.record(&request.migration).map_err(|f| status(&f))?;
         self.adjust(&record, request.bandwidth).await.map_err(|f| status(&f))?;
@@ -168,7 +178,13 @@ impl Control {
         let live = self.0.book.live(&record.migration);
         let report = self.0.book.report(&record.migration).await;
         let progress = live.map(|live| live.watch().borrow().progress.clone());
-        MigrationEntry { progress: progress.into(), report: report.into(), ..migration(record) }
+        MigrationEntry { progress: progress.into(), report: report.into(), ..self.entry(record) }
+    }
+
+    fn entry(&self, record: Record) -> MigrationEntry {
+        let live = self.0.book.live(&record.migration);
+        let doubt = resolve::doubt(&self.0, &record, live.as_deref());
+        MigrationEntry { doubt: doubt.into(), ..migration(record) }
     }
 
     fn record(&self, text: &str) -> Result<Record, Failure> {
@@ -220,7 +236,8 @@ where
 fn still_in_doubt() -> Event {
     let reason = "the link broke at the commit, and the target has not said whether it has it";
     let remedy = "see that transshipd runs on the target; this node goes on asking \
-                  (`transship status`)";
+                  (`transship status`); if the target is lost for good, \
+                  `transship resolve` decides";
     let outcome = "the container is stopped here until the target has answered";
     failed(&Failure::new(Code::Link, reason, remedy), Ending::InDoubt, outcome.into(), None)
 }

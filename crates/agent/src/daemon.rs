@@ -86,6 +86,11 @@ pub trait Daemon: Send + Sync + 'static {
     /// Deletes a stopped task with its container and snapshot. What is gone
     /// already is no error.
     async fn remove(&self, key: &ContainerKey) -> Result<(), DaemonError>;
+
+    /// Kills and deletes the container with its snapshot, unless it was made
+    /// after `made_by`, in seconds since the epoch: then it is another one of
+    /// that name. Answers whether there was one that ran.
+    async fn end(&self, key: &ContainerKey, made_by: i64) -> Result<bool, DaemonError>;
 }
 
 /// A container on its way in. Whatever it makes in the daemon it can undo;

@@ -23,7 +23,8 @@ use transship_api::{
     control::{
         CancelRequest, CancelResponse, CheckRequest, CheckResponse, LimitRequest, LimitResponse,
         ListRequest, ListResponse, MigrateEvent, MigrateRequest, PlanRequest, PlanResponse,
-        StatusRequest, StatusResponse, VersionRequest, VersionResponse,
+        ResolveRequest, ResolveResponse, StatusRequest, StatusResponse, VersionRequest,
+        VersionResponse,
     },
     control_ttrpc,
 };
@@ -137,6 +138,7 @@ refused! {
     list: ListRequest => ListResponse,
     status: StatusRequest => StatusResponse,
     cancel: CancelRequest => CancelResponse,
+    resolve: ResolveRequest => ResolveResponse,
     limit: LimitRequest => LimitResponse,
     plan: PlanRequest => PlanResponse,
 }

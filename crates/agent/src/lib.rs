@@ -29,6 +29,7 @@ pub mod node;
 mod offer;
 pub mod plan;
 mod preflight;
+mod resolve;
 pub mod serve;
 pub mod shim;
 mod source;

@@ -15,7 +15,7 @@ use transship_api::{
     control_ttrpc::ShimClient,
 };
 use transship_migration::decide::Told;
-use transship_types::{Code, ContainerKey, MigrationId, paths};
+use transship_types::{Code, ContainerKey, Epoch, MigrationId, paths};
 use ttrpc::{
     asynchronous::{Client, ClientStreamReceiver},
     context,
@@ -40,14 +40,16 @@ pub trait Shims: Send + Sync + 'static {
         migration: &MigrationId,
     ) -> Result<Option<String>, ShimError>;
 
-    /// Ends a departure in doubt on the target's proof; answers the ending,
-    /// and why it is in doubt still, if it is: it `may_lack` pages there.
+    /// Ends a departure in doubt on the target's proof, or because a person
+    /// has `decided`; answers the ending, and why it is in doubt still, if it
+    /// is: it `may_lack` pages there.
     async fn settle(
         &self,
         key: &ContainerKey,
         migration: &MigrationId,
         runs_there: bool,
         may_lack: bool,
+        decided: Option<Epoch>,
     ) -> Result<(String, String), ShimError>;
 
     /// Another limit for the pages of a departure under way: bytes per
@@ -175,12 +177,14 @@ impl Shims for TtrpcShims {
         migration: &MigrationId,
         runs_there: bool,
         may_lack: bool,
+        decided: Option<Epoch>,
     ) -> Result<(String, String), ShimError> {
         let request = SettleRequest {
             id: key.id().into(),
             migration: migration.to_string(),
             runs_there,
             may_lack,
+            decided: decided.map_or(0, |epoch| epoch.0),
             ..Default::default()
         };
         let (client, failed) = connect(key, "settle a departure").await?;

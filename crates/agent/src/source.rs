@@ -14,7 +14,9 @@
 
 mod content;
 mod depart;
+mod fence;
 mod inspect;
+mod person;
 mod settle;
 
 use std::{sync::Arc, time::Duration};

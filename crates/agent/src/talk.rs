@@ -64,6 +64,7 @@ pub fn out_of_place(peer: &impl std::fmt::Display, message: &Message) -> Failure
         Message::Consider(_) => "Consider",
         Message::LinkProbe(_) => "LinkProbe",
         Message::LinkProbed(_) => "LinkProbed",
+        Message::Decision(_) => "Decision",
     };
     Failure::new(
         Code::Malformed,

@@ -16,6 +16,7 @@
 //! never let go.
 
 mod content;
+mod overruled;
 pub mod owed;
 mod questions;
 mod unfinished;
@@ -41,6 +42,7 @@ use crate::{
     preflight, talk,
 };
 
+pub use overruled::resolve;
 pub use unfinished::take_up;
 
 /// A peer that has connected says at once what it wants.
@@ -78,6 +80,9 @@ pub async fn serve(node: Arc<Node>, mut channel: Channel) {
             // container stands still until it knows what became of it.
             (Message::Inquiry(inquiry), _) => {
                 Ok(questions::standing(&node, &channel.peer, &inquiry.migration))
+            }
+            (Message::Decision(decision), _) => {
+                overruled::follow(&node, &channel.peer, decision).await
             }
             (_, Some(refusal)) => Err(Failure(vec![refusal])),
             (Message::Offer(offer), None) => return arrival(node, channel, offer).await,

@@ -10,6 +10,7 @@ mod hostile;
 mod moves;
 mod plans;
 mod refuses;
+mod resolves;
 mod rotation;
 mod secrets;
 mod tickets;

@@ -13,6 +13,7 @@ mod print;
 mod progress;
 mod ps;
 mod report;
+mod resolve;
 mod status;
 mod tuning;
 mod version;
@@ -78,6 +79,7 @@ enum Command {
     Ps(ps::Ps),
     Status(status::Status),
     Cancel(cancel::Cancel),
+    Resolve(resolve::Resolve),
     Limit(limit::Limit),
     Check(check::Check),
     Version(version::Version),
@@ -92,6 +94,7 @@ async fn main() -> ExitCode {
         Command::Ps(command) => command.run(&common).await,
         Command::Status(command) => command.run(&common).await,
         Command::Cancel(command) => command.run(&common).await,
+        Command::Resolve(command) => command.run(&common).await,
         Command::Limit(command) => command.run(&common).await,
         Command::Check(command) => command.run(&common).await,
         Command::Version(command) => command.run(&common).await,
@@ -134,9 +137,13 @@ mod tests {
         assert!(cli.common.output == Output::Json);
         let Command::Migrate(migrate) = cli.command else { panic!() };
         assert_eq!((migrate.namespace.as_str(), migrate.keep), ("default", true));
-        for wrong in
-            [&["transship", "migrate", "redis"][..], &["transship"], &["transship", "move"]]
-        {
+        for wrong in [
+            &["transship", "migrate", "redis"][..],
+            &["transship"],
+            &["transship", "move"],
+            &["transship", "resolve", "x"],
+            &["transship", "resolve", "x", "--run-here", "--discard"],
+        ] {
             assert!(Cli::try_parse_from(wrong).is_err(), "{wrong:?}");
         }
         assert!(Cli::try_parse_from(["transship", "ps", "-A", "-n", "x"]).is_err());

@@ -117,7 +117,8 @@ async fn a_link_cut_after_the_commit_is_never_two_running() {
     let World { mut source, departure, directory, .. } = world;
     let runs_there = world.target.running;
     let proof = if runs_there { Evidence::RunsThere } else { Evidence::NotThere };
-    let (ending, settled) = settle(&mut source, departure.doubt.unwrap(), proof).await.unwrap();
+    let settled = settle(&mut source, departure.doubt.unwrap(), proof, None).await;
+    let (ending, settled) = settled.unwrap();
     settled.unwrap();
     assert_eq!(ending, if runs_there { Ending::Departed } else { Ending::StayedHome });
     assert_ne!(source.is_running(), runs_there);

@@ -8,6 +8,7 @@
 //! Each function belongs to one of four: the shim that gives the container
 //! away, the shim that takes it, and the agents beside them.
 
+use serde::{Deserialize, Serialize};
 use transship_types::Epoch;
 
 use crate::{
@@ -249,12 +250,26 @@ pub fn tell_again(told: Told) -> bool {
 // --- a person --------------------------------------------------------------
 
 /// What somebody may decide about a container that is in doubt.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Choice {
     /// The source's copy runs on; the target's must never.
     RunHere,
     /// This side's copy ends.
     Discard,
+}
+
+impl Choice {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Choice::RunHere => "run-here",
+            Choice::Discard => "discard",
+        }
+    }
+
+    pub fn of(word: &str) -> Option<Self> {
+        [Choice::RunHere, Choice::Discard].into_iter().find(|choice| choice.as_str() == word)
+    }
 }
 
 /// Whether a person is needed.
@@ -317,10 +332,14 @@ pub enum Obeyed {
     Withdraw,
 }
 
-pub fn after_decision(choice: Choice, told: Told) -> Obeyed {
+/// `runs_here`: what the daemon shows of the copy. It matters if the shim knows
+/// of no doubt: it may have obeyed when the agent died.
+pub fn after_decision(choice: Choice, told: Told, runs_here: bool) -> Obeyed {
     match (choice, told) {
         (_, Told::Settled) | (Choice::Discard, Told::Gone) => Obeyed::Done,
         (_, Told::Unclear) => Obeyed::Wait,
+        (Choice::RunHere, Told::NotUnderWay) if runs_here => Obeyed::Done,
+        (Choice::Discard, Told::NotUnderWay) if !runs_here => Obeyed::Done,
         (_, Told::NotUnderWay) | (Choice::RunHere, Told::Gone) => Obeyed::Withdraw,
     }
 }
@@ -399,5 +418,26 @@ mod tests {
         {
             assert_eq!(after_restart(true, false, journaled), Resume::Ask, "{journaled:?}");
         }
+    }
+
+    #[test]
+    fn a_decision_about_nothing_is_taken_back() {
+        for runs_here in [true, false] {
+            let obeyed = |choice| after_decision(choice, Told::NotUnderWay, runs_here);
+            assert_eq!(obeyed(Choice::RunHere) == Obeyed::Done, runs_here);
+            assert_eq!(obeyed(Choice::Discard) == Obeyed::Done, !runs_here);
+        }
+        assert_eq!(after_decision(Choice::RunHere, Told::Gone, false), Obeyed::Withdraw);
+        assert_eq!(after_decision(Choice::RunHere, Told::Unclear, true), Obeyed::Wait);
+    }
+
+    #[test]
+    fn a_target_follows_until_it_has_nothing() {
+        let (first, second) = (Epoch(1), raised(Epoch(1)));
+        assert_eq!(on_decision(first, second, false), Overrule::Follow);
+        // It died between the record and the act.
+        assert_eq!(on_decision(second, second, false), Overrule::Follow);
+        assert_eq!(on_decision(second, second, true), Overrule::Done);
+        assert_eq!(on_decision(second, first, false), Overrule::Stale);
     }
 }

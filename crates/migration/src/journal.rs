@@ -61,6 +61,21 @@ pub enum State {
     Aborted,
 }
 
+impl State {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            State::Offered => "offered",
+            State::Prepared => "prepared",
+            State::Committed => "committed",
+            State::Running => "running",
+            State::Released => "released",
+            State::Owing => "owing",
+            State::Departed => "departed",
+            State::Aborted => "aborted",
+        }
+    }
+}
+
 /// One line of a journal.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
@@ -117,6 +132,12 @@ impl Journal {
     pub fn commit(&mut self) -> Result<Committed, MigrationError> {
         self.record(State::Committed)?;
         Ok(Committed(()))
+    }
+
+    /// Somebody has decided without proof: what follows is of this epoch.
+    pub fn decide(&mut self, epoch: Epoch, state: State) -> Result<(), MigrationError> {
+        self.subject.epoch = epoch;
+        self.record(state)
     }
 
     /// Both sides know the ending: nobody will ask again.
@@ -254,6 +275,17 @@ mod tests {
             assert_eq!(records.len(), expected, "cut at {length}");
         }
         assert_eq!(parse(&whole).unwrap().len(), 2);
+    }
+
+    #[test]
+    fn a_decision_is_of_a_higher_epoch() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut journal = Journal::create(dir.path(), subject()).unwrap();
+        journal.commit().unwrap();
+        journal.decide(Epoch(4), State::Aborted).unwrap();
+        let epochs: Vec<_> =
+            read(&journal.path).unwrap().iter().map(|record| record.subject.epoch.0).collect();
+        assert_eq!(epochs, [3, 3, 4]);
     }
 
     #[test]

@@ -19,7 +19,7 @@ use transship_api::session::Refused;
 use transship_link::{Channel, LinkError};
 use transship_memory::Memory;
 use transship_rootfs::{Layer, Totals};
-use transship_types::{Code, Refusal};
+use transship_types::{Code, Epoch, Refusal};
 
 pub use self::owing::Debt;
 use self::run::Run;
@@ -28,6 +28,7 @@ use crate::{
     DepartError, Journal, Manifest, MigrationError, Options, Phase, Stopwatch, decide,
     error::chain,
     handoff::{Answer, Ending, Frozen, Paid, Promised},
+    journal::State,
     report,
 };
 
@@ -197,13 +198,25 @@ pub enum Evidence {
     NotThere,
 }
 
-/// Ends a doubt on proof: the target's own word, which came another way. The
-/// doubt comes back if pages are owed and could not be sent.
+/// Ends a doubt on proof: the target's own word, which came another way; or
+/// because a person has `decided` so, under that epoch. The doubt comes back
+/// if pages are owed and could not be sent.
 pub async fn settle<S: Source>(
     source: &mut S,
     mut doubt: Doubt,
     proof: Evidence,
+    decided: Option<Epoch>,
 ) -> Result<(Ending, Result<(), MigrationError>), (Doubt, MigrationError)> {
+    if let Some(epoch) = decided {
+        let state = match proof {
+            Evidence::NotThere => State::Aborted,
+            Evidence::RunsThere | Evidence::MayLack => State::Departed,
+        };
+        // The agent has it in its book already, or it would not have told us.
+        if let Err(error) = doubt.journal.decide(epoch, state) {
+            warn!(error = chain(&error), "the decision was not recorded");
+        }
+    }
     let promised = Promised::in_doubt(source);
     let (ending, settled) = match (proof, doubt.debt.as_mut()) {
         (Evidence::MayLack, Some(debt)) => {

@@ -22,7 +22,7 @@ pub struct Rules {
     pub after_restart: fn(bool, bool, Journaled) -> Resume,
     pub tell_again: fn(Told) -> bool,
     pub on_decision: fn(Epoch, Epoch, bool) -> Overrule,
-    pub after_decision: fn(Choice, Told) -> Obeyed,
+    pub after_decision: fn(Choice, Told, bool) -> Obeyed,
     /// The journal before the commit, on the source.
     pub journal_before_commit: bool,
     /// The journal before the first instruction, on the target.

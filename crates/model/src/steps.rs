@@ -409,18 +409,20 @@ fn happens(
             let choice = one.decided?;
             require(here && one.book == Book::InDoubt)?;
             let told = told(one);
-            match (rules.after_decision)(choice, told) {
+            let runs_here = world.copies[given] == Instance::Runs;
+            let (ending, book) = match choice {
+                Choice::RunHere => (Ending::StayedHome, Book::StayedHome),
+                Choice::Discard => (Ending::Departed, Book::Discarded),
+            };
+            match (rules.after_decision)(choice, told, runs_here) {
                 Obeyed::Wait => return None,
                 Obeyed::Withdraw => one.decided = None,
-                Obeyed::Done => {
-                    let (ending, book) = match choice {
-                        Choice::RunHere => (Ending::StayedHome, Book::StayedHome),
-                        Choice::Discard => (Ending::Departed, Book::Discarded),
-                    };
-                    if told == Told::Settled {
-                        ends(world, one, ending);
-                    }
+                // The agent may die before it has written that down.
+                Obeyed::Done if told == Told::Settled => {
+                    ends(world, one, ending);
                     one.given = Journaled::Absent;
+                }
+                Obeyed::Done => {
                     one.book = book;
                     if choice == Choice::RunHere {
                         one.say(Message::Overruled);

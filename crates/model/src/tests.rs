@@ -217,9 +217,13 @@ fn every_wrong_decision_is_found() {
         Overrule::Follow if known == decided => Overrule::Stale,
         other => other,
     };
-    let insists = |choice: Choice, told: Told| match told {
-        Told::Unclear => decide::after_decision(choice, told),
+    let insists = |choice: Choice, told: Told, runs_here: bool| match told {
+        Told::Unclear => decide::after_decision(choice, told, runs_here),
         _ => Obeyed::Done,
+    };
+    let forgets = |choice: Choice, told: Told, runs_here: bool| match told {
+        Told::NotUnderWay => Obeyed::Withdraw,
+        _ => decide::after_decision(choice, told, runs_here),
     };
     let cases = [
         (
@@ -252,6 +256,7 @@ fn every_wrong_decision_is_found() {
             wrong(Rules { on_decision: |_, _, _| Overrule::Stale, ..right() }),
         ),
         ("a decision is followed once", NEVER_TWO, wrong(Rules { on_decision: once, ..right() })),
+        ("a decision is forgotten", NEVER_TWO, wrong(Rules { after_decision: forgets, ..right() })),
         (
             "a decision about nothing",
             NEVER_NONE,

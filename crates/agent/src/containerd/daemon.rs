@@ -104,6 +104,10 @@ impl Daemon for Containerd {
     async fn remove(&self, key: &ContainerKey) -> Answer<()> {
         Ok(self.remove_container(key).await?)
     }
+
+    async fn end(&self, key: &ContainerKey, made_by: i64) -> Answer<bool> {
+        Ok(self.end_container(key, made_by).await?)
+    }
 }
 
 #[async_trait]

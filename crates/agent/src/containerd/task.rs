@@ -139,6 +139,24 @@ impl Containerd {
         }
     }
 
+    /// Kills it first: it must not run here, whatever it does.
+    pub(super) async fn end_container(&self, key: &ContainerKey, made_by: i64) -> Result<bool> {
+        let container = match self.container(key).await {
+            Ok(container) => container,
+            Err(error) if error.is_not_found() => return Ok(false),
+            Err(error) => return Err(error),
+        };
+        if container.created_at.is_some_and(|made| made.seconds > made_by) {
+            return Ok(false);
+        }
+        let task = self.task_state(key).await?;
+        let ran = task
+            .is_some_and(|task| matches!(task.status, TaskStatus::Running | TaskStatus::Paused));
+        self.end_task(key).await?;
+        self.remove_container(key).await?;
+        Ok(ran)
+    }
+
     async fn ends_by_itself(&self, key: &ContainerKey) -> Result<bool> {
         self.exits_before(key, Instant::now() + EXITS_WITHIN).await;
         let task = self.task_state(key).await?;

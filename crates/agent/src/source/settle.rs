@@ -1,21 +1,25 @@
 //! In doubt: the commit may or may not have reached the target. The container
-//! stays stopped here, and the target is asked until it has proof.
+//! stays stopped here, and the target is asked until it has proof, or until a
+//! person decides ([`super::person`]).
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::time;
+use tokio::{
+    sync::{mpsc, oneshot},
+    time,
+};
 use tracing::Instrument;
 use transship_api::{
     control::{Departure, Report, Tuning},
     session::{Arrived, Inquiry, agent_message::Message},
 };
 use transship_link::{Channel, connect_agent};
-use transship_migration::decide::{self, Journaled, Resume, Standing, Told};
-use transship_types::{Code, NodeName};
+use transship_migration::decide::{self, Journaled, Obeyed, Resume, Standing, Told};
+use transship_types::{Code, Epoch, NodeName};
 
-use super::{ARRIVED, Left, Source};
+use super::{ARRIVED, Left, Source, fence};
 use crate::{
-    book::{Ending, Record, Role},
+    book::{Decision, Ending, Record, Request, Resolved, Role},
     failure::{Failure, Step, chain},
     node::{Destination, Node},
     shim::ShimError,
@@ -23,8 +27,8 @@ use crate::{
 };
 
 /// Between two questions: short for a person who waits, long for a network.
-const AGAIN: Duration = Duration::from_millis(if cfg!(test) { 50 } else { 2000 });
-const ANSWER: Duration = Duration::from_secs(10);
+pub(super) const AGAIN: Duration = Duration::from_millis(if cfg!(test) { 50 } else { 2000 });
+pub(super) const ANSWER: Duration = Duration::from_secs(10);
 
 /// What became of the container, from the target's mouth.
 pub(super) enum Proof {
@@ -37,7 +41,7 @@ pub(super) enum Proof {
 }
 
 impl Proof {
-    fn told_by(target: &NodeName, standing: Standing) -> Option<Self> {
+    pub(super) fn told_by(target: &NodeName, standing: Standing) -> Option<Self> {
         let arrived = Arrived { pid: 0, state: "RUNNING".into() };
         if standing == Standing::Owed {
             // No ending follows, but that our shim may go on.
@@ -54,11 +58,23 @@ impl Proof {
     }
 }
 
+pub(super) type Asked = oneshot::Sender<Step<Resolved>>;
+
+/// What ends a doubt, and who waits for it.
+pub(super) enum Settled {
+    Proved(Proof, Option<Asked>),
+    Decided(Decision, Option<Asked>),
+}
+
 /// Takes up what a former run of this agent left open. A departure that may
 /// have been decided is asked about; anything earlier has ended, since the
 /// target discards what loses its source.
 pub async fn resume(node: &Arc<Node>) {
     for record in node.book.records() {
+        if record.must_fence() {
+            fence::begin(node, record);
+            continue;
+        }
         let open = matches!(record.ending, Ending::Running | Ending::InDoubt);
         if record.role != Role::Source || !open {
             continue;
@@ -98,41 +114,92 @@ impl Source {
 
     pub(super) async fn settle(
         mut self,
-        channel: Option<Channel>,
+        mut channel: Option<Channel>,
         error: String,
-        proof: Option<Proof>,
+        mut proof: Option<Proof>,
     ) {
         let clock = self.phase("in doubt");
+        let mut requests = self.entry.requests();
         tracing::warn!(error, "in doubt: asking the target");
         if let Err(failure) = self.entry.in_doubt(&error).await {
             tracing::error!(error = failure.sentence(), "the doubt was not written down");
         }
-        let (mut channel, mut proof) = (channel, proof);
-        let proof = loop {
-            let asking = async {
-                let proof = match proof.take() {
-                    Some(proof) => proof,
-                    None => self.proof(channel.take()).await,
-                };
-                let settled = self.tell_shim(&proof).await;
-                (proof, settled)
+        // The record says "in doubt", or what was decided; if this ends
+        // before, the next run takes it up.
+        let shutdown = self.node.shutdown.clone();
+        loop {
+            let settled = tokio::select! {
+                settled = self.settled(&mut channel, proof.take(), &mut requests) => settled,
+                () = shutdown.cancelled() => return,
             };
+            match settled {
+                Settled::Proved(proof, asked) => {
+                    let settled = tokio::select! {
+                        settled = self.tell_shim(&proof) => settled,
+                        () = shutdown.cancelled() => return,
+                    };
+                    if settled {
+                        self.took("in doubt", clock);
+                        return self.proved(proof, asked).await;
+                    }
+                    time::sleep(AGAIN).await;
+                }
+                Settled::Decided(decision, asked) => {
+                    let obeyed = tokio::select! {
+                        obeyed = self.obey(&decision) => obeyed,
+                        () = shutdown.cancelled() => return,
+                    };
+                    match obeyed {
+                        Obeyed::Done => return self.decided(decision, asked).await,
+                        Obeyed::Withdraw | Obeyed::Wait => self.withdraw(asked).await,
+                    }
+                }
+            }
+        }
+    }
+
+    async fn settled(
+        &self,
+        channel: &mut Option<Channel>,
+        proof: Option<Proof>,
+        requests: &mut mpsc::Receiver<Request>,
+    ) -> Settled {
+        if let Some(proof) = proof {
+            return Settled::Proved(proof, None);
+        }
+        // Of a former run, which may not have acted upon it.
+        if let Some(decision) = self.entry.record().and_then(|record| record.decision) {
+            return Settled::Decided(decision, None);
+        }
+        loop {
             tokio::select! {
-                (proof, settled) = asking => match settled {
-                    true => break proof,
-                    false => time::sleep(AGAIN).await,
-                },
-                // The record says "in doubt"; the next run takes it up.
-                () = self.node.shutdown.cancelled() => return,
+                proof = self.proof(channel) => return Settled::Proved(proof, None),
+                Some(request) = requests.recv() => {
+                    if let Some(settled) = self.consider(request).await {
+                        return settled;
+                    }
+                }
+            }
+        }
+    }
+
+    async fn proved(self, proof: Proof, asked: Option<Asked>) {
+        let (target, key) = (self.to.name.clone(), self.key.clone());
+        let mut this = self;
+        let (ending, outcome) = match proof {
+            Proof::Runs { arrived, .. } => {
+                let report = this.bare_report(&arrived);
+                this.moved(report).await;
+                (Ending::Departed, format!("{key} runs on {target}"))
+            }
+            Proof::Never(failure) => {
+                this.stayed_home(failure, Left::Discarded).await;
+                (Ending::StayedHome, format!("{key} runs on here; {target} has discarded it"))
             }
         };
-        self.took("in doubt", clock);
-        match proof {
-            Proof::Runs { arrived, .. } => {
-                let report = self.bare_report(&arrived);
-                self.moved(report).await;
-            }
-            Proof::Never(failure) => self.stayed_home(failure, Left::Discarded).await,
+        if let Some(asked) = asked {
+            // Whoever asked may have gone.
+            let _ = asked.send(Ok(Resolved { by_proof: true, ending, outcome }));
         }
     }
 
@@ -144,36 +211,40 @@ impl Source {
             Proof::Runs { whole, .. } => (true, !whole),
             Proof::Never(_) => (false, false),
         };
-        let mut last = String::new();
         loop {
-            let shims = &self.node.shims;
-            let settled = shims.settle(&self.key, self.entry.migration(), runs_there, may_lack);
-            let told = match settled.await {
-                Ok((ending, error)) if ending == "in-doubt" => {
-                    tracing::warn!(error, "it runs there, and lacks pages that are here");
-                    return false;
-                }
-                Ok((ending, _)) => {
-                    tracing::info!(ending, "settled");
-                    Told::Settled
-                }
-                Err(error) => {
-                    let text = chain(&error);
-                    if text != last {
-                        tracing::warn!(error = text, "the shim did not settle");
-                        last = text;
-                    }
-                    error.told()
-                }
-            };
-            if !decide::tell_again(told) {
-                return true;
+            match self.tell_once(runs_there, may_lack, None).await {
+                None => return false,
+                Some(told) if !decide::tell_again(told) => return true,
+                Some(_) => time::sleep(AGAIN).await,
             }
-            time::sleep(AGAIN).await;
         }
     }
 
-    async fn proof(&self, mut channel: Option<Channel>) -> Proof {
+    /// `None`: it is in doubt still.
+    pub(super) async fn tell_once(
+        &self,
+        runs_there: bool,
+        may_lack: bool,
+        decided: Option<Epoch>,
+    ) -> Option<Told> {
+        let (shims, migration) = (&self.node.shims, self.entry.migration());
+        match shims.settle(&self.key, migration, runs_there, may_lack, decided).await {
+            Ok((ending, error)) if ending == "in-doubt" => {
+                tracing::warn!(error, "it runs there, and lacks pages that are here");
+                None
+            }
+            Ok((ending, _)) => {
+                tracing::info!(ending, "settled");
+                Some(Told::Settled)
+            }
+            Err(error) => {
+                tracing::warn!(error = chain(&error), "the shim did not settle");
+                Some(error.told())
+            }
+        }
+    }
+
+    async fn proof(&self, channel: &mut Option<Channel>) -> Proof {
         let mut last = String::new();
         loop {
             let asked = match channel.take() {
@@ -228,12 +299,25 @@ impl Source {
     }
 
     async fn ask(&self) -> Step<Option<Proof>> {
+        Ok(Proof::told_by(&self.to.name, self.inquire().await?))
+    }
+
+    /// The target's answer, which `status` shows.
+    pub(super) async fn inquire(&self) -> Step<Standing> {
+        let standing = self.standing().await;
+        match &standing {
+            Ok(standing) => self.entry.answered(standing.as_str()),
+            Err(failure) => self.entry.answered(&failure.sentence()),
+        }
+        standing
+    }
+
+    async fn standing(&self) -> Step<Standing> {
         let Destination { name, address } = &self.to;
-        let trust = self.node.trust();
-        let channel = connect_agent(&trust, address, name).await?;
+        let channel = connect_agent(&self.node.trust(), address, name).await?;
         let inquiry = Inquiry { migration: self.entry.migration().to_string() };
         match talk::ask(channel, Message::Inquiry(inquiry), ANSWER).await? {
-            Message::Standing(standing) => Ok(Proof::told_by(name, Standing::of(&standing.state))),
+            Message::Standing(standing) => Ok(Standing::of(&standing.state)),
             other => Err(talk::out_of_place(name, &other)),
         }
     }

@@ -38,7 +38,7 @@ pub fn standing(node: &Node, peer: &NodeName, migration: &str) -> Message {
         Ending::Discarded => Kept::Discarded,
         _ => Kept::Open,
     }));
-    Message::Standing(Standing { state: standing.as_str().into() })
+    Message::Standing(Standing { state: standing.as_str().into(), ran: false })
 }
 
 /// The verdict that this offer would meet now, without a ticket.

@@ -22,7 +22,7 @@ use transship_api::{
     session::{Any, Container, Descriptor, Hello, Stdio},
 };
 use transship_link::{Channel, Credentials, Trust, arrivals::wait_at, connect_ticket};
-use transship_types::{ContainerKey, MigrationId};
+use transship_types::{ContainerKey, Epoch, MigrationId};
 use transship_wire::WireError;
 
 use crate::{
@@ -267,6 +267,14 @@ impl Daemon for FakeDaemon {
         Ok(keys.into_iter().map(arriving).collect())
     }
 
+    async fn end(&self, key: &ContainerKey, _: i64) -> Daemonic<bool> {
+        self.0.answers()?;
+        self.0.pass("end").await?;
+        let ran = self.0.status(key) == Some(TaskStatus::Running);
+        self.0.state().containers.remove(key);
+        Ok(ran)
+    }
+
     async fn remove(&self, key: &ContainerKey) -> Daemonic<()> {
         self.0.pass("remove").await?;
         self.0.state().containers.remove(key);
@@ -456,6 +464,7 @@ impl Shims for FakeShims {
         _: &MigrationId,
         runs_there: bool,
         _may_lack: bool,
+        _: Option<Epoch>,
     ) -> Result<(String, String), ShimError> {
         let hears = {
             let deaf = &mut self.0.state().deaf;

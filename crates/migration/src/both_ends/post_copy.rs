@@ -117,12 +117,12 @@ async fn a_doubt_with_debts_is_settled_by_paying_them() {
     assert!(doubt.owes());
     if !target.running {
         // The cut was faster than the commit.
-        let (ending, _) = settle(&mut source, doubt, Evidence::NotThere).await.unwrap();
+        let (ending, _) = settle(&mut source, doubt, Evidence::NotThere, None).await.unwrap();
         assert_eq!(ending, Ending::StayedHome);
         return;
     }
     assert!(arrival.is_ok() && !source.is_running() && !source.ended);
-    let (ending, settled) = settle(&mut source, doubt, Evidence::MayLack).await.unwrap();
+    let (ending, settled) = settle(&mut source, doubt, Evidence::MayLack, None).await.unwrap();
     settled.unwrap();
     assert_eq!(ending, Ending::Departed);
     assert!(source.ended, "its tasks end only now");
