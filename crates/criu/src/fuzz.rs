@@ -22,8 +22,8 @@ pub fn packet(bytes: &[u8]) {
     assert_eq!(request.encode(), bytes, "what is not understood keeps its bytes");
     let _ = conversation::decode_options(&request);
     let amended = request.edit_all(conversation::REQ_OPTS, |options| {
-        let mut kept = Vec::new();
-        let mut amendments = Amendments::new(options, &mut kept);
+        let (mut kept, mut sent) = (Vec::new(), Vec::new());
+        let mut amendments = Amendments::new(options, &mut kept, &mut sent);
         Remembered { tcp_close: true, link_remap: true, ..Default::default() }
             .apply(&mut amendments);
         amendments.external("mnt[]");
