@@ -51,6 +51,7 @@ fn batch_of(codec: Codec, wire_bytes: usize) -> Batch {
         zeros: vec![3, 1, 9, 1],
         codec: codec.number(),
         wire_bytes: wire_bytes as u32,
+        memfd: None,
     }
 }
 
