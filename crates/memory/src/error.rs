@@ -19,4 +19,7 @@ pub enum MemoryError {
     /// The limit that preflight agreed on would be passed.
     #[error("its pages need more than the {limit_bytes} bytes that were set aside")]
     Full { limit_bytes: u64 },
+    /// Pages of zeros take no room, but where they are does.
+    #[error("its pages lie in more than {limit} stretches")]
+    Scattered { limit: usize },
 }

@@ -11,7 +11,10 @@ mod slots;
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, RwLock,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
 };
 
 use transship_types::{PAGE, PageRange, PageSet, Space};
@@ -31,11 +34,22 @@ const SLACK_CHUNKS: usize = 32;
 /// The most addresses a store asks for; a limit beyond is none.
 const MOST_BYTES: u64 = 16 << 40;
 
+/// Stretches of the index beyond those that the limit on bytes leads to. The
+/// kernel's page of zeros is in a process for nothing, so stretches of it may
+/// be more than the memory of the container says. At some 80 bytes each they
+/// take 80 MiB.
+const SPARE_STRETCHES: usize = 1 << 20;
+
 type Arrived = Arc<dyn Fn(Space, &[PageRange]) + Send + Sync>;
 
 /// The pages of a container that arrives. Every call may come from any thread.
 pub struct Store {
     limit_bytes: u64,
+    /// The index's own limit. A page of zeros takes no slot, so the limit on
+    /// bytes is none for what it costs to remember where it is.
+    limit_stretches: usize,
+    /// In the index of all spaces.
+    stretches: AtomicUsize,
     /// Made with the first page.
     arena: Mutex<Option<Arc<Arena>>>,
     slots: Mutex<Slots>,
@@ -69,8 +83,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Store {
     pub fn new(limit_bytes: u64) -> Store {
+        // One for each page that has bytes, and one of zeros beside it.
+        let pages = (limit_bytes.min(MOST_BYTES) / PAGE) as usize;
         Store {
             limit_bytes,
+            limit_stretches: 2 * pages + SPARE_STRETCHES,
+            stretches: AtomicUsize::new(0),
             arena: Mutex::default(),
             slots: Mutex::default(),
             grains: Mutex::default(),
@@ -117,18 +135,22 @@ impl Store {
         for &range in ranges {
             let freed = {
                 let _still = kept.moving.write().unwrap_or_else(PoisonError::into_inner);
-                let mut index = lock(&kept.index);
-                let wanted: Vec<PageRange> = match &*lock(&kept.missing) {
-                    Some(missing) => missing.within(range).collect(),
-                    None => vec![range],
-                };
-                let mut freed = Vec::new();
-                for part in wanted {
-                    freed.extend(index.remove(part));
-                    index.insert(part, Place::Zero, round);
-                }
-                freed
+                self.change(&kept, |index| {
+                    let wanted: Vec<PageRange> = match &*lock(&kept.missing) {
+                        Some(missing) => missing.within(range).collect(),
+                        None => vec![range],
+                    };
+                    let mut freed = Vec::new();
+                    for part in wanted {
+                        freed.extend(index.remove(part));
+                        index.insert(part, Place::Zero, round);
+                    }
+                    freed
+                })
             };
+            if self.stretches.load(Relaxed) > self.limit_stretches {
+                return Err(MemoryError::Scattered { limit: self.limit_stretches });
+            }
             self.give(&freed)?;
         }
         self.tell(&kept, space, ranges);
@@ -209,7 +231,7 @@ impl Store {
         let kept = self.kept(space);
         let freed = {
             let _still = kept.moving.write().unwrap_or_else(PoisonError::into_inner);
-            lock(&kept.index).remove(range)
+            self.change(&kept, |index| index.remove(range))
         };
         self.give(&freed)
     }
@@ -268,8 +290,7 @@ impl Store {
     ) -> Result<(), MemoryError> {
         let at = |part: PageRange| (part.start() - range.start()) as usize;
         let moving = kept.moving.read().unwrap_or_else(PoisonError::into_inner);
-        let (here, absent) = {
-            let mut index = lock(&kept.index);
+        let (here, absent) = self.change(kept, |index| {
             let zero: Vec<_> =
                 index.within(range).filter(|(_, place, _)| *place == Place::Zero).collect();
             for (part, ..) in zero {
@@ -277,7 +298,7 @@ impl Store {
             }
             index.refresh(range, round);
             (index.within(range).collect::<Vec<_>>(), index.absent(range))
-        };
+        });
         let runs = self.take(absent.pages())?;
         let arena = self.arena()?;
         for (part, place, _) in here {
@@ -302,14 +323,13 @@ impl Store {
             lock(&self.grains).took(chunk, pages, thread_time().saturating_sub(begun));
         }
         let mut twice = Vec::new();
-        {
-            let mut index = lock(&kept.index);
+        self.change(kept, |index| {
             for (part, slot) in fresh {
                 // Another lane may have brought the same pages meanwhile.
                 twice.extend(index.remove(part));
                 index.insert(part, Place::Slot(slot), round);
             }
-        }
+        });
         drop(moving);
         if !twice.is_empty() {
             // Nobody looks at the pages that were replaced any more.
@@ -325,16 +345,27 @@ impl Store {
         let mut freed = Vec::new();
         {
             let _still = kept.moving.write().unwrap_or_else(PoisonError::into_inner);
-            let mut index = lock(&kept.index);
-            let mut others: PageSet = index.all().map(|(range, _)| range).collect();
-            missing.subtract(&others);
-            others.subtract(pages);
-            for range in others.iter() {
-                freed.extend(index.remove(range));
-            }
+            self.change(&kept, |index| {
+                let mut others: PageSet = index.all().map(|(range, _)| range).collect();
+                missing.subtract(&others);
+                others.subtract(pages);
+                for range in others.iter() {
+                    freed.extend(index.remove(range));
+                }
+            });
         }
         self.give(&freed)?;
         Ok(missing)
+    }
+
+    /// Every change of an index goes through here, and is counted.
+    fn change<T>(&self, kept: &Kept, change: impl FnOnce(&mut Index) -> T) -> T {
+        let mut index = lock(&kept.index);
+        let before = index.stretches();
+        let answer = change(&mut index);
+        // Wraps where it has become less, as the sum does.
+        self.stretches.fetch_add(index.stretches().wrapping_sub(before), Relaxed);
+        answer
     }
 
     fn tell(&self, kept: &Kept, space: Space, ranges: &[PageRange]) {

@@ -71,7 +71,7 @@ impl MigrationError {
             Self::Image { .. } | Self::Journal { .. } => Code::Space,
             Self::Malformed { .. } | Self::Name(_) => Code::Malformed,
             Self::Peer(refusal) => refusal.code,
-            Self::Memory(MemoryError::Full { .. }) => Code::Space,
+            Self::Memory(MemoryError::Full { .. } | MemoryError::Scattered { .. }) => Code::Space,
             Self::Memory(MemoryError::Invalid(_)) => Code::Malformed,
             Self::Memory(_) => Code::Runtime,
             Self::GivenUp { .. } => Code::NotConverging,

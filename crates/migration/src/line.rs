@@ -59,6 +59,7 @@ pub(crate) enum Speech {
 impl Speech {
     pub fn new(mut channel: Channel) -> Self {
         channel.writer.set_deadline(limits::TAKEN);
+        channel.reader.set_control_limit(limits::MESSAGE);
         Self::Plain(Box::new(channel))
     }
 
@@ -341,7 +342,7 @@ async fn serve(
 /// take.
 pub(crate) struct Debt {
     store: Arc<dyn PageStore>,
-    spaces: Vec<Space>,
+    spaces: BTreeSet<Space>,
     changed: Notify,
     /// Stretches that were asked for.
     asked: Mutex<BTreeSet<(Space, u64)>>,
@@ -355,6 +356,7 @@ impl Debt {
         wanted: mpsc::UnboundedReceiver<Wanted>,
     ) -> Self {
         let (changed, asked) = Default::default();
+        let spaces = spaces.into_iter().collect();
         Self { store, spaces, changed, asked, wanted: wanted.into() }
     }
 
@@ -400,6 +402,14 @@ impl Debt {
         }
     }
 
+    /// Pages of a space without debts are nobody's: the store would keep them.
+    fn owes(&self, space: Space) -> Result<(), MemoryError> {
+        match self.spaces.contains(&space) {
+            true => Ok(()),
+            false => Err(MemoryError::Invalid(format!("pages of {space}, which lacks none"))),
+        }
+    }
+
     fn want(&self, space: Space, address: u64) -> Option<Want> {
         let start = address / (AROUND * PAGE) * (AROUND * PAGE);
         let want = self.want_from(space, start)?;
@@ -441,12 +451,14 @@ impl PageSink for Debt {
         bytes: &[u8],
         round: u32,
     ) -> Result<(), MemoryError> {
+        self.owes(space)?;
         let put = self.store.put(space, ranges, bytes, round);
         self.changed.notify_waiters();
         put
     }
 
     fn zero(&self, space: Space, ranges: &[PageRange], round: u32) -> Result<(), MemoryError> {
+        self.owes(space)?;
         let zeroed = self.store.zero(space, ranges, round);
         self.changed.notify_waiters();
         zeroed
@@ -485,6 +497,18 @@ mod tests {
 
     fn range(first: u64, last: u64) -> PageRange {
         PageRange::new(first * PAGE, last * PAGE).unwrap()
+    }
+
+    #[test]
+    fn pages_of_a_space_that_lacks_none_are_not_kept() {
+        let store = Arc::new(crate::fake::FakeStore::new(None));
+        let (owing, other) = (Space::Process(1), Space::Process(2));
+        store.expect(owing, &[range(1, 3)].into_iter().collect()).unwrap();
+        let debt = Debt::new(store.clone(), vec![owing], mpsc::unbounded_channel().1);
+        assert!(debt.put(other, &[range(1, 2)], &[7; PAGE as usize], 1).is_err());
+        assert!(debt.zero(other, &[range(1, 2)], 1).is_err());
+        debt.zero(owing, &[range(1, 3)], 1).unwrap();
+        assert!(debt.is_paid());
     }
 
     #[test]

@@ -175,12 +175,11 @@ pub struct Arrived {
 
 /// Takes over the container at the other end of `channel`.
 pub async fn arrive<T: Target>(
-    mut channel: Channel,
+    channel: Channel,
     target: &mut T,
     ticket: &Ticket,
     cancel: &CancellationToken,
 ) -> Result<Arrived, MigrationError> {
-    channel.reader.set_control_limit(limits::MESSAGE);
     let mut speech = Speech::new(channel);
     let mut journal = None;
     let ready = tokio::select! {

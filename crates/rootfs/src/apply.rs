@@ -9,6 +9,7 @@ use crate::{
     Problem, RootfsError, Totals,
     format::{Record, VERSION},
     tree::Tree,
+    walk::MAX_ENTRIES,
 };
 
 /// Writes the file system that holds the container's root to disk. What the
@@ -153,6 +154,9 @@ impl Receiver {
             | Record::Remove { .. } => 1,
             _ => 0,
         };
+        if self.totals.entries > MAX_ENTRIES {
+            return Err(RootfsError::TooManyEntries { limit: MAX_ENTRIES });
+        }
         match record {
             Record::Root { .. } => {
                 Err(self.tree.malformed(Problem::Place("the root must come only once")))

@@ -70,6 +70,23 @@ fn problem(root: &Path, bytes: &[u8]) -> Problem {
     }
 }
 
+#[test]
+fn one_entry_too_many_is_not_made() {
+    let root_dir = tempfile::tempdir().unwrap();
+    let mut receiver = Receiver::new(root_dir.path()).unwrap();
+    receiver.feed(&records(vec![root()])).unwrap();
+    // As if all but one had been made.
+    receiver.totals.entries = MAX_ENTRIES - 1;
+    let mut next = Vec::new();
+    for entry in [enter("last"), enter("beyond")] {
+        entry.encode(&mut next);
+    }
+    let refused = receiver.feed(&next);
+    assert!(matches!(refused, Err(RootfsError::TooManyEntries { limit: MAX_ENTRIES })));
+    assert!(root_dir.path().join("last").is_dir());
+    assert!(!root_dir.path().join("last/beyond").exists());
+}
+
 fn small_tree() -> Vec<u8> {
     stream(vec![
         Part::Of(root()),

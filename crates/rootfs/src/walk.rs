@@ -29,9 +29,10 @@ use crate::{
     mounts,
 };
 
-/// Entries of a layer. Each costs about 300 bytes in an index; a layer with
-/// more is a volume in the wrong place.
-const MAX_ENTRIES: u64 = 8 << 20;
+/// Entries of a layer, and of one pass over it. Each costs about 300 bytes in
+/// an index, and an inode where it arrives; a layer with more is a volume in
+/// the wrong place.
+pub(crate) const MAX_ENTRIES: u64 = 8 << 20;
 
 #[derive(Debug)]
 pub(crate) struct Seen {

@@ -54,6 +54,11 @@ impl Index {
         })
     }
 
+    /// How many entries it has.
+    pub fn stretches(&self) -> usize {
+        self.0.len()
+    }
+
     pub fn absent(&self, range: PageRange) -> PageSet {
         let mut absent: PageSet = [range].into_iter().collect();
         for (part, ..) in self.within(range) {

@@ -102,6 +102,32 @@ fn beyond_the_limit_is_refused_and_overwriting_is_not() {
 }
 
 #[test]
+fn zeros_without_end_are_refused_and_fair_ones_are_not() {
+    let every_second = |pages: std::ops::Range<u64>| {
+        pages.map(|page| range(2 * page, 2 * page + 1)).collect::<Vec<_>>()
+    };
+    let store = Store { limit_stretches: 8, ..Store::new(4 * PAGE) };
+    store.zero(SPACE, &every_second(0..8), 0).unwrap();
+    // The same again, and what joins them, is nothing more.
+    store.zero(SPACE, &every_second(0..8), 1).unwrap();
+    let more = store.zero(Space::Process(8), &[range(0, 1)], 1);
+    assert!(matches!(more, Err(MemoryError::Scattered { limit: 8 })), "{more:?}");
+    store.forget(SPACE, range(0, 4)).unwrap();
+    store.zero(Space::Process(8), &[range(4, 5)], 1).unwrap();
+    store.present(SPACE, &PageSet::new()).unwrap();
+    store.zero(SPACE, &every_second(0..6), 2).unwrap();
+    // With each page of the limit in the midst of zeros there is room.
+    let store = Store::new(4 * PAGE);
+    store.zero(SPACE, &[range(0, 100)], 0).unwrap();
+    for first in [10, 20, 30, 40] {
+        store.put(SPACE, &[range(first, first + 1)], &page(1), 0).unwrap();
+    }
+    store.zero(SPACE, &every_second(100..1000), 1).unwrap();
+    let counted = store.stretches.load(Relaxed);
+    assert_eq!(counted, store.rounds(SPACE).len(), "each is counted once");
+}
+
+#[test]
 fn a_page_that_never_came_is_named() {
     let store = Store::new(1 << 20);
     store.put(SPACE, &[range(0, 2)], &page(1).repeat(2), 0).unwrap();

@@ -16,8 +16,9 @@ use transship_wire::WireError;
 
 use super::world::good_ticket;
 use crate::{
-    Connecting, MigrationError, arrive,
-    fake::{FakeStore, FakeTarget, manifest},
+    Connecting, Journal, MigrationError, Options, arrive, depart,
+    fake::{FakeSource, FakeStore, FakeTarget, manifest, subject},
+    journal::Role,
     limits,
     pages::space_name,
 };
@@ -241,6 +242,22 @@ async fn pages_that_cannot_be_are_refused() {
     ] {
         refused(case, script).await;
     }
+}
+
+/// The other way round: what a target sends is no longer than what it needs.
+#[tokio::test]
+async fn a_target_that_says_too_much_is_left() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut source = FakeSource::new(directory.path(), None);
+    let journal = Journal::create(directory.path(), subject(Role::Source)).unwrap();
+    let (near, mut far) = ends();
+    let (options, cancel) = (Options::default(), CancellationToken::new());
+    let departing = depart(near, &mut source, manifest(), journal, &options, &cancel, &|_| {});
+    // It is cut off in the middle.
+    let (departure, _) = tokio::join!(departing, raw(&mut far, &[0; limits::MESSAGE]));
+    let error = departure.error.unwrap().error;
+    assert!(matches!(error, MigrationError::Wire(WireError::TooLong { .. })), "{error:?}");
+    assert!(source.is_running());
 }
 
 /// Half-open, silent or a byte at a time: nobody is waited for without end.

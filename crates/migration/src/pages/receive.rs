@@ -1,6 +1,7 @@
 //! The target's lanes.
 
 use std::{
+    collections::HashSet,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -154,6 +155,8 @@ struct State {
     numbers: u64,
     /// The last round that is complete.
     completed: Option<u32>,
+    /// Whose pages have come.
+    spaces: HashSet<Space>,
     /// The round whose batches come, and how many have been applied.
     coming: Option<u32>,
     applied: u64,
@@ -169,6 +172,16 @@ impl State {
             return Err(MigrationError::malformed(format!("a second lane {}", hello.number)));
         }
         self.numbers |= bit;
+        Ok(())
+    }
+
+    /// A batch, before anything is remembered of it.
+    fn batch(&mut self, batch: &Checked) -> Result<(), MigrationError> {
+        self.admit(batch.round)?;
+        if self.spaces.len() == limits::SPACES && !self.spaces.contains(&batch.space) {
+            return Err(MigrationError::malformed("pages of more spaces than a container has"));
+        }
+        self.spaces.insert(batch.space);
         Ok(())
     }
 
@@ -234,7 +247,7 @@ async fn receive(shared: &Shared, connecting: Connecting) -> Result<(), Migratio
             return Err(MigrationError::malformed("something that is no batch on a lane"));
         };
         let batch = Checked::new(&batch)?;
-        shared.state().admit(batch.round)?;
+        shared.state().batch(&batch)?;
         // Blocks this thread, which has nothing else to do.
         apply(&mut reader, &mut decoder, &*shared.sink, &batch).await?;
         shared.state().applied += 1;
@@ -295,4 +308,26 @@ async fn run(reader: &mut Reader<BoxRead>, length: usize) -> Result<Bytes, Migra
         next = reader.data().await?;
     }
     if all.len() == length { Ok(all.freeze()) } else { Err(wrong()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pages::space_name;
+
+    #[test]
+    fn pages_of_one_space_too_many_are_refused() {
+        let of = |space| {
+            let space = Some(space_name(space));
+            Checked::new(&Batch { space, zeros: vec![1, 1], ..Default::default() }).unwrap()
+        };
+        let mut state = State::default();
+        for number in 0..limits::SPACES as u64 {
+            state.batch(&of(Space::Shared(number))).unwrap();
+        }
+        state.batch(&of(Space::Shared(7))).unwrap();
+        for beyond in [Space::Process(1), Space::Shared(u64::MAX)] {
+            assert!(state.batch(&of(beyond)).is_err(), "{beyond}");
+        }
+    }
 }

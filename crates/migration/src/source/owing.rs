@@ -148,6 +148,7 @@ impl Debt {
             .map_err(|_| Broken::Link(self.slow()))?
             .map_err(|error| Broken::Link(error.into()))?;
         channel.writer.set_deadline(limits::TAKEN);
+        channel.reader.set_control_limit(limits::MESSAGE);
         channel.reader.set_deadline(limits::FRAME);
         let resume =
             Resume { migration: self.migration.clone(), epoch: self.epoch, lanes: self.lanes };
@@ -201,5 +202,42 @@ impl std::fmt::Debug for Debt {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let pages: u64 = self.owed.iter().map(|(_, pages)| pages.pages()).sum();
         f.debug_struct("Debt").field("pages", &pages).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::FutureExt;
+    use transship_link::in_memory;
+    use transship_wire::WireError;
+
+    use super::*;
+    use crate::fake::FakeMemory;
+
+    #[tokio::test]
+    async fn an_endless_answer_to_resume_is_not_read() {
+        let (near, mut far) = in_memory::pair("b".parse().unwrap(), "a".parse().unwrap());
+        let near = std::sync::Mutex::new(Some(near));
+        let connect: Connect =
+            Arc::new(move || std::future::ready(Ok(near.lock().unwrap().take().unwrap())).boxed());
+        let debt = Debt {
+            memory: Arc::new(FakeMemory::new(1, 0, None)),
+            connect,
+            lanes: 1,
+            compress: Compress::Never,
+            limit: Arc::new(RateLimit::new(0)),
+            migration: "m".into(),
+            epoch: 1,
+            owed: Vec::new(),
+            round: 1,
+            requests: Arc::default(),
+            figures: report::PostCopy::default(),
+        };
+        let reason = "x".repeat(limits::MESSAGE);
+        let lost = Message::Lost(transship_api::session::Lost { reason });
+        // It is cut off in the middle.
+        let (again, _) = tokio::join!(debt.connect_again(), say(&mut far.writer, lost));
+        let Err(Broken::Link(error)) = again else { panic!("it is taken") };
+        assert!(matches!(error, MigrationError::Wire(WireError::TooLong { .. })), "{error:?}");
     }
 }
