@@ -46,8 +46,13 @@ const EXTRACT: [&str; 5] = ["--extract", "--gzip", "--no-unquote", "--no-wildcar
 
 /// This process is `tar`.
 pub fn run(arguments: &[OsString]) -> ! {
-    if let Ok(()) = serve(arguments) {
-        process::exit(0);
+    match serve(arguments) {
+        Ok(()) => process::exit(0),
+        Err(error) if error.kind() == io::ErrorKind::InvalidFilename => {
+            eprintln!("tar: a name in the archive is longer than names are");
+            process::exit(2);
+        }
+        Err(_) => {}
     }
     let Some(tar) = real_tar() else {
         eprintln!("tar: no tar in PATH");
@@ -58,7 +63,7 @@ pub fn run(arguments: &[OsString]) -> ! {
     process::exit(127);
 }
 
-/// After an error the real tar can do the same from the beginning: both files
+/// After nearly every error the real tar can do the same from the beginning: both files
 /// stand where they stood.
 fn serve(arguments: &[OsString]) -> io::Result<()> {
     match command(arguments).ok_or_else(not_ours)? {

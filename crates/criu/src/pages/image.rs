@@ -6,7 +6,10 @@
 
 use std::io::{Read, Write};
 
-use prost::Message;
+use prost::{
+    Message,
+    encoding::{DecodeContext, decode_key, skip_field},
+};
 
 use super::PagesError;
 use crate::{CriuError, images::MemoryDir};
@@ -14,9 +17,11 @@ use crate::{CriuError, images::MemoryDir};
 /// Images of CRIU since 1.6 (version 1.1 of its format).
 const COMMON_MAGIC: u32 = 0x5456_4319;
 
-/// More than the pagemap of an ordinary dump of 64 GiB without any two pages
-/// side by side; what we read of others is far smaller.
-const MAX_IMAGE: u64 = 256 << 20;
+/// Fields of a record. In `mm-*.img` each mapping is one,
+/// and the kernel allows 65 530 of them unless it is told otherwise
+/// (vm.max_map_count). They are counted before they are decoded: one takes two
+/// bytes at least, and some eighty here.
+const MAX_FIELDS: usize = 1 << 20;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Type {
@@ -32,6 +37,23 @@ pub enum Type {
 }
 
 impl Type {
+    fn most_bytes(self) -> u64 {
+        match self {
+            // The pagemap of an ordinary dump of 64 GiB without any two pages
+            // side by side has less.
+            Type::Pagemap => 256 << 20,
+            // [`MAX_FIELDS`] mappings as CRIU writes them, some 60 bytes each.
+            Type::Mm => 64 << 20,
+            // An open file each: a hundred bytes, or as many as its path has.
+            Type::Files | Type::MemfdInode => 64 << 20,
+            // As many processes or threads as the kernel has ids for, with
+            // some ten bytes each.
+            Type::Pstree => 64 << 20,
+            // Registers, timers, signals: tens of KiB.
+            Type::Core | Type::Inventory | Type::Ids | Type::UserNs => 1 << 20,
+        }
+    }
+
     /// The inventory says what version the others are of, so it has none.
     fn magic(self) -> Vec<u8> {
         let own = (self as u32).to_le_bytes();
@@ -63,12 +85,11 @@ impl Image {
         };
         let path = dir.path().join(&name);
         let mut bytes = Vec::new();
-        file.take(MAX_IMAGE + 1)
-            .read_to_end(&mut bytes)
-            .map_err(CriuError::file("reading", &path))?;
+        let most = kind.most_bytes();
+        file.take(most + 1).read_to_end(&mut bytes).map_err(CriuError::file("reading", &path))?;
         let magic = kind.magic();
         let image = Self { name, bytes, header: magic.len() };
-        if image.bytes.len() as u64 > MAX_IMAGE {
+        if image.bytes.len() as u64 > most {
             return Err(image.bad(dir, "it is too large"));
         }
         if !image.bytes.starts_with(&magic) {
@@ -81,17 +102,34 @@ impl Image {
         PagesError::Image { path: dir.path().join(&self.name), why }
     }
 
-    /// The records' bytes, each inside the file.
+    /// The records' bytes, each inside the file and of a limited number of
+    /// fields.
     pub fn records(&self) -> Records<'_> {
         Records(&self.bytes[self.header..])
     }
 
     /// The only record.
     pub fn only<M: Message + Default>(&self, dir: &MemoryDir) -> Result<M, PagesError> {
-        let record = self.records().next().and_then(Result::ok);
+        let record = self.records().next();
+        let record = record.transpose().map_err(|why| self.bad(dir, why))?;
         record
             .and_then(|bytes| M::decode(bytes).ok())
             .ok_or_else(|| self.bad(dir, "its record cannot be read"))
+    }
+}
+
+/// One for each field, up to the first that is none: the decoder says so.
+struct Fields<'a>(&'a [u8]);
+
+impl Iterator for Fields<'_> {
+    type Item = ();
+
+    fn next(&mut self) -> Option<()> {
+        if self.0.is_empty() {
+            return None;
+        }
+        let (tag, wire_type) = decode_key(&mut self.0).ok()?;
+        skip_field(wire_type, tag, &mut self.0, DecodeContext::default()).ok()
     }
 }
 
@@ -113,6 +151,10 @@ impl<'a> Iterator for Records<'a> {
             return Some(Err("a record is cut short"));
         };
         self.0 = rest;
+        // Most have too few bytes for that, and are not looked at.
+        if record.len() > 2 * MAX_FIELDS && Fields(record).nth(MAX_FIELDS).is_some() {
+            return Some(Err("a record has too many fields"));
+        }
         Some(Ok(record))
     }
 }

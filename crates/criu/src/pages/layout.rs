@@ -1,5 +1,7 @@
 //! What CRIU will do with each mapping.
 
+use std::collections::HashSet;
+
 use prost::Message;
 use transship_types::{PAGE, PageRange, PageSet};
 
@@ -70,10 +72,15 @@ pub fn layout(dir: &MemoryDir) -> Result<Vec<ProcessLayout>, PagesError> {
         return Err(PagesError::Image { path: dir.path().join(name), why: "it is missing" });
     };
     let mut layouts = Vec::new();
+    // A few bytes each, and whole images to be read for them.
+    let (mut processes, mut threads) = (HashSet::new(), HashSet::new());
     for record in tree.records().take(MAX_PROCESSES) {
         let record = record.map_err(|why| tree.bad(dir, why))?;
         let entry =
             PstreeEntry::decode(record).map_err(|_| tree.bad(dir, "a process cannot be read"))?;
+        if !processes.insert(entry.pid) || !entry.threads.iter().all(|&id| threads.insert(id)) {
+            return Err(tree.bad(dir, "a process or a thread is there twice"));
+        }
         layouts.extend(of_process(dir, &entry)?);
     }
     Ok(layouts)

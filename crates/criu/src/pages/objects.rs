@@ -24,7 +24,7 @@
 //! shared memory is a memfd to CRIU as well. SysV segments are not.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     fs::{File, OpenOptions, Permissions},
     io::{self, Seek, SeekFrom},
     os::{
@@ -223,10 +223,11 @@ impl Images {
             images.files.push((record.to_vec(), entry));
             Some(())
         })?;
-        let mut processes = Vec::new();
+        let (mut processes, mut seen) = (Vec::new(), HashSet::new());
         each(dir, "pstree.img", Type::Pstree, |record| {
-            processes.push(PstreeEntry::decode(record).ok()?.pid);
-            Some(())
+            let pid = PstreeEntry::decode(record).ok()?.pid;
+            // Twice, and its mappings would be remembered twice.
+            seen.insert(pid).then(|| processes.push(pid))
         })?;
         for vpid in processes {
             each(dir, &format!("mm-{vpid}.img"), Type::Mm, |record| {

@@ -102,6 +102,41 @@ fn firsts(pages: &[u8]) -> Vec<u8> {
     pages.chunks(PAGE as usize).map(|page| page[0]).collect()
 }
 
+/// It has two bytes for each, and would take a hundred times as much.
+#[test]
+fn mappings_without_end_are_not_decoded() {
+    let dir = process(&[], 1);
+    let layouts = |mm: &[u8]| {
+        dir.remove("mm-1.img").unwrap();
+        put(&dir, "mm-1.img", &image(Type::Mm, &[mm]));
+        layout(&dir).unwrap_err().to_string()
+    };
+    let empty = [14 << 3 | 2, 0];
+    let said = layouts(&empty.repeat(1 << 20));
+    assert!(said.contains("is no range of pages"), "so many there may be: {said}");
+    let said = layouts(&empty.repeat((1 << 20) + 1));
+    assert!(said.contains("too many fields"), "{said}");
+    // One field of more bytes than all mappings have.
+    let long = [&[15 << 3 | 2, 0x80, 0x80, 0x80, 0x20][..], &[0; 64 << 20]].concat();
+    let said = layouts(&long);
+    assert!(said.contains("too large"), "{said}");
+}
+
+#[test]
+fn nobody_is_restored_twice() {
+    use super::image::PstreeEntry;
+    use prost::Message;
+    let one = |pid, threads: &[u32]| PstreeEntry { pid, threads: threads.into() }.encode_to_vec();
+    for (case, twice) in
+        [("a process", [one(1, &[1]), one(1, &[2])]), ("a thread", [one(1, &[1, 5]), one(2, &[5])])]
+    {
+        let dir = MemoryDir::create(None).unwrap();
+        put(&dir, "pstree.img", &image(Type::Pstree, &[&twice[0], &twice[1]]));
+        let error = layout(&dir).expect_err(case).to_string();
+        assert!(error.contains("twice"), "{case}: {error}");
+    }
+}
+
 #[test]
 fn lazy_is_what_criu_makes_lazy() {
     let kinds = [ANONYMOUS, LOCKED, HUGE, FILE_PRIVATE, FILE_SHARED, VDSO_MAP, SHADOW_STACK];

@@ -6,12 +6,15 @@
 //! `RESOLVE_BENEATH` and without following links.
 
 use std::{
-    ffi::OsStr,
+    ffi::{OsStr, OsString},
     fs::File,
     io::{self, Read},
     os::{
         fd::{AsFd, OwnedFd},
-        unix::fs::{OpenOptionsExt, fchown},
+        unix::{
+            ffi::OsStringExt,
+            fs::{OpenOptionsExt, fchown},
+        },
     },
     path::{Component, Path, PathBuf},
 };
@@ -29,9 +32,16 @@ use nix::{
     },
     unistd::{Gid, Uid, UnlinkatFlags, fchownat, linkat, symlinkat, unlinkat},
 };
-use tar::{Archive, EntryType, Header};
+use tar::{Archive, Entry, EntryType, Header};
 
 use super::not_ours;
+
+/// PATH_MAX, with the NUL that GNU's tar writes behind it.
+const MAX_NAME: u64 = 4096;
+
+/// What an archive has: directories are remembered to the end, a path each. A
+/// container's tmpfs with more of them is for the real tar.
+const MAX_ENTRIES: usize = 1 << 16;
 
 pub fn extract(archive: &File, dir: &Path) -> io::Result<()> {
     let mut options = File::options();
@@ -40,11 +50,34 @@ pub fn extract(archive: &File, dir: &Path) -> io::Result<()> {
     // A directory's time changes with what is put into it: last comes first.
     let mut dirs: Vec<(PathBuf, Header)> = Vec::new();
     let mut archive = Archive::new(GzDecoder::new(io::BufReader::with_capacity(1 << 16, archive)));
-    for entry in archive.entries()? {
+    // Raw: what stands in for a long name is read whole otherwise, however
+    // long it is.
+    let (mut long_path, mut long_link) = (None, None);
+    for (number, entry) in archive.entries()?.raw(true).enumerate() {
+        if number == MAX_ENTRIES {
+            return Err(not_ours());
+        }
         let mut entry = entry?;
         let header = entry.header().clone();
-        let path = entry.path()?.into_owned();
-        let link = entry.link_name()?.map(|link| link.into_owned());
+        match header.entry_type() {
+            EntryType::GNULongName => {
+                long_path = Some(long_name(&mut entry)?);
+                continue;
+            }
+            EntryType::GNULongLink => {
+                long_link = Some(long_name(&mut entry)?);
+                continue;
+            }
+            _ => {}
+        }
+        let path = match long_path.take() {
+            Some(path) => path,
+            None => entry.path()?.into_owned(),
+        };
+        let link = match long_link.take() {
+            Some(link) => Some(link),
+            None => entry.link_name()?.map(|link| link.into_owned()),
+        };
         let (parent, name) = match place(&root, &path)? {
             Some(place) => place,
             None => {
@@ -80,6 +113,20 @@ pub fn extract(archive: &File, dir: &Path) -> io::Result<()> {
         describe(&dir, header)?;
     }
     Ok(())
+}
+
+/// A name that has no room in a header. One that no file can have is not left
+/// to the real tar, which would read it.
+fn long_name(entry: &mut Entry<'_, impl Read>) -> io::Result<PathBuf> {
+    if entry.size() > MAX_NAME {
+        return Err(io::ErrorKind::InvalidFilename.into());
+    }
+    let mut name = Vec::new();
+    entry.read_to_end(&mut name)?;
+    if name.last() == Some(&0) {
+        name.pop();
+    }
+    Ok(OsString::from_vec(name).into())
 }
 
 /// The directory that the path leads to and the name in there; `None` for the

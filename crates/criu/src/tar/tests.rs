@@ -147,6 +147,56 @@ fn no_path_leads_out() {
     }
 }
 
+fn packed(entries: impl FnOnce(&mut tar::Builder<GzEncoder<Vec<u8>>>)) -> File {
+    let mut builder = tar::Builder::new(GzEncoder::new(Vec::new(), Compression::fast()));
+    entries(&mut builder);
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(&builder.into_inner().unwrap().finish().unwrap()).unwrap();
+    file.rewind().unwrap();
+    file
+}
+
+fn header(kind: tar::EntryType, size: u64) -> tar::Header {
+    let mut header = tar::Header::new_gnu();
+    header.set_entry_type(kind);
+    header.set_path("d").unwrap();
+    for set in [tar::Header::set_uid, tar::Header::set_gid, tar::Header::set_mtime] {
+        set(&mut header, 0);
+    }
+    header.set_mode(0o755);
+    header.set_size(size);
+    header.set_cksum();
+    header
+}
+
+/// A thousand times as long as it travels.
+#[test]
+fn no_name_is_longer_than_names_are() {
+    for kind in [tar::EntryType::GNULongName, tar::EntryType::GNULongLink] {
+        let dir = tempfile::tempdir().unwrap();
+        let archive = packed(|archive| {
+            let name = vec![b'a'; 1 << 20];
+            archive.append(&header(kind, name.len() as u64), &name[..]).unwrap();
+            archive.append(&header(tar::EntryType::Directory, 0), &b""[..]).unwrap();
+        });
+        let error = extract::extract(&archive, dir.path()).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidFilename, "{kind:?}: {error}");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "{kind:?}");
+    }
+}
+
+#[test]
+fn directories_without_end_are_left_to_the_real_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let of = |entries: usize| {
+        let header = header(tar::EntryType::Directory, 0);
+        packed(|archive| (0..entries).for_each(|_| archive.append(&header, &b""[..]).unwrap()))
+    };
+    extract::extract(&of(100), dir.path()).unwrap();
+    let error = extract::extract(&of((1 << 16) + 1), dir.path()).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::Unsupported);
+}
+
 #[test]
 fn only_crius_two_lines_are_served() {
     let dir = OsStr::new("/proc/self/fd/0");
