@@ -2,7 +2,9 @@
 //! matter.
 
 use serde_json::{Value, json};
-use transship_api::control::{FillReport, MemoryReport, PauseReport, Report, RoundReport};
+use transship_api::control::{
+    FillReport, MemoryReport, PauseReport, PostCopyReport, Report, RoundReport,
+};
 
 use crate::print;
 
@@ -165,6 +167,7 @@ fn memory_text(m: &MemoryReport) -> Vec<String> {
         print::bytes(m.compressed)
     ));
     lines.extend(m.pause.as_ref().map(pause_text));
+    lines.extend(m.post_copy.as_ref().map(|p| late_text(m.postcopy_requests, p)));
     lines.extend(m.fill.as_ref().map(fill_text));
     lines
 }
@@ -200,6 +203,21 @@ fn pause_text(p: &PauseReport) -> String {
     let parts: Vec<_> =
         parts.iter().map(|(name, us)| format!("{name} {}", print::micros(*us))).collect();
     format!("  pause (parts overlap): {}", parts.join(", "))
+}
+
+fn late_text(requests: u64, p: &PostCopyReport) -> String {
+    let mut text = format!(
+        "  after it ran: {} in {}, of which {} brought {}",
+        print::count(p.pages, "page"),
+        print::micros(p.duration_us),
+        print::count(requests, "request"),
+        print::bytes(p.request_bytes),
+    );
+    if p.recoveries > 0 {
+        let again = print::count(p.recoveries.into(), "time");
+        text += &format!("; the link was made again {again}");
+    }
+    text
 }
 
 fn fill_text(f: &FillReport) -> String {
@@ -258,6 +276,15 @@ mod tests {
             expected_downtime_us: 20_000,
             rounds: vec![round],
             pause: Some(PauseReport { freeze_us: 1500, ..Default::default() }).into(),
+            postcopy_requests: 3,
+            post_copy: Some(PostCopyReport {
+                pages: 100,
+                request_bytes: 4096,
+                recoveries: 1,
+                duration_us: 2000,
+                ..Default::default()
+            })
+            .into(),
             fill: Some(FillReport {
                 faults: 100,
                 fault_latency: vec![0, 60, 38, 1, 1],
@@ -286,6 +313,8 @@ mod tests {
             "not as planned: this CRIU",
             "262144",
             "freeze 1.5 ms",
+            "100 pages in 2.0 ms, of which 3 requests brought",
+            "made again 1 time",
             "within 32 µs, 99 % within 128 µs",
         ] {
             assert!(text.contains(words), "{words}: {text}");
@@ -304,6 +333,7 @@ mod tests {
             (memory, MemoryReport::descriptor()),
             (&memory["rounds"][0], RoundReport::descriptor()),
             (&memory["pause"], PauseReport::descriptor()),
+            (&memory["post_copy"], PostCopyReport::descriptor()),
             (&memory["fill"], FillReport::descriptor()),
         ] {
             for field in descriptor.fields() {

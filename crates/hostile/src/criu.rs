@@ -69,7 +69,12 @@ pub fn images(mut bytes: &[u8]) {
         dir.set_len("contents", 4 * PAGE)
     });
     if contents.is_ok() {
-        let _ = pages::complete_shared(&dir, 7, &set(&[(0, 2), (3, 4)]), pages::Contents::Image("contents"));
+        let _ = pages::complete_shared(
+            &dir,
+            7,
+            &set(&[(0, 2), (3, 4)]),
+            pages::Contents::Image("contents"),
+        );
     }
 }
 
