@@ -2,8 +2,8 @@
 
 use prost::Message as _;
 use transship_api::session::{
-    Batch, Image, ImagesEnd, Lane, Manifest, Present, RoundEnd, ShimMessage, SmallImage,
-    SmallImages, SpaceName, shim_message::Message, space_name::Space as Name,
+    Batch, Image, ImagesEnd, Lane, Lost, Manifest, Paid, Present, Resume, RoundEnd, ShimMessage,
+    SmallImage, SmallImages, SpaceName, Want, shim_message::Message, space_name::Space as Name,
 };
 use transship_memory::codec::{Codec, Compress, Encoder};
 use transship_migration::fuzz;
@@ -15,6 +15,7 @@ pub fn message(bytes: &[u8]) {
 }
 
 pub fn message_seeds() -> Vec<Vec<u8>> {
+    let some = || Present { space: process(7), pages: vec![1, 2, 5, 1], last: true };
     let small = |name: &str| SmallImage { name: name.into(), content: b"image"[..].into() };
     let messages = [
         Message::Manifest(Manifest {
@@ -33,7 +34,14 @@ pub fn message_seeds() -> Vec<Vec<u8>> {
         Message::Lane(Lane { number: 1 }),
         Message::RoundEnd(RoundEnd { number: 1, batches: 2, last: true }),
         Message::Batch(batch_of(Codec::Raw, 3 * PAGE as usize)),
-        Message::Present(Present { space: process(7), pages: vec![1, 2, 5, 1], last: true }),
+        Message::Present(some()),
+        // Post-copy.
+        Message::Owed(some()),
+        Message::Want(Want { space: process(7), pages: vec![1, 2, 5, 1] }),
+        Message::Resume(Resume { migration: "01".repeat(16), epoch: 3, lanes: 2 }),
+        Message::Lacking(some()),
+        Message::Paid(Paid {}),
+        Message::Lost(Lost { reason: "it was killed".into() }),
     ];
     messages.map(|message| ShimMessage { message: Some(message) }.encode_to_vec()).into()
 }

@@ -3,12 +3,12 @@
 use bytes::Bytes;
 use prost::Message as _;
 use transship_api::session::{Batch, Present, ShimMessage, shim_message::Message};
-use transship_memory::codec::Decoder;
+use transship_memory::codec::{BATCH_PAGES, Decoder};
 use transship_types::{PAGE, PageRange, PageSet, Space, Ticket};
 
 use crate::{
     MigrationError, bulk,
-    pages::Checked,
+    pages::{Checked, ranges, space},
     present::{self, Presence},
 };
 
@@ -18,7 +18,16 @@ pub fn message(bytes: &[u8]) -> Result<(), MigrationError> {
     match message.message {
         Some(Message::Manifest(manifest)) => drop(manifest.ticket.parse::<Ticket>()?),
         Some(Message::Batch(batch)) => batch_holds(&Checked::new(&batch)?),
-        Some(Message::Present(present)) => Presence::default().add(present)?,
+        Some(Message::Present(sets) | Message::Owed(sets) | Message::Lacking(sets)) => {
+            Presence::default().add(sets)?;
+        }
+        Some(Message::Want(want)) => {
+            space(want.space.as_ref())?;
+            let wanted = ranges(&want.pages, BATCH_PAGES)?;
+            // So large is the memory that is taken to answer.
+            let pages: u64 = wanted.iter().map(|range| range.pages()).sum();
+            assert!(pages <= BATCH_PAGES, "more than a batch is asked for");
+        }
         Some(Message::Image(image)) => bulk::check_image_name(&image.name)?,
         Some(Message::SmallImages(small)) => {
             small.images.iter().try_for_each(|image| bulk::check_image_name(&image.name))?;
@@ -47,7 +56,7 @@ fn batch_holds(batch: &Checked) {
     let set: PageSet = all.iter().copied().collect();
     let pages: u64 = all.iter().map(|range| range.pages()).sum();
     assert_eq!(set.pages(), pages, "a page twice");
-    assert!((1..=transship_memory::codec::BATCH_PAGES).contains(&pages));
+    assert!((1..=BATCH_PAGES).contains(&pages));
     assert!(batch.wire_bytes <= batch.length());
 }
 
