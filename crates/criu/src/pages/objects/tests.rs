@@ -236,3 +236,15 @@ fn what_was_anonymous_stays_as_long_as_it_is() {
         assert_eq!(object.set_len(0).is_ok(), shrinks);
     }
 }
+
+#[test]
+fn a_process_that_is_listed_twice_is_refused() {
+    let dir = images(&[mapped(10, SHARED, 5, None)], &[], &[inode(4, 77)]);
+    let objects = || BTreeMap::from([(77, object())]);
+    give(&dir, &objects()).unwrap();
+    let tree = get(&dir, "pstree.img");
+    dir.remove("pstree.img").unwrap();
+    // Its records once more, behind the magic.
+    put(&dir, "pstree.img", &[&tree[..], &tree[8..]].concat());
+    assert!(give(&dir, &objects()).is_err());
+}
