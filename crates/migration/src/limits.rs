@@ -79,6 +79,11 @@ pub const FILLED: Duration = Duration::from_secs(30);
 /// there, or waits for pages, and nothing is lost by it.
 pub const OWED: Duration = Duration::from_secs(60);
 
+/// For the source to hear that nothing is owed any more, however often it has
+/// to come back for that. Longer than it takes to be in doubt: then the agents
+/// have it.
+pub const TOLD: Duration = Duration::from_secs(120);
+
 /// Between two tries to reach the target while pages are owed.
 pub const AGAIN: Duration = Duration::from_secs(1);
 

@@ -335,13 +335,8 @@ async fn rest(
         let (end, line) = owed.collect(first, &mut filling).await;
         // On disk before it is said, and before anything else is waited for.
         let word = end.word(&mut journal);
-        let line = owed.last_line(line).await;
-        speech = line.map_or(Speech::Over, Speech::Line);
-        if let Some(word) = word
-            && let Err(error) = speech.say(word).await
-        {
-            warn!(error = chain(&error), "the source was not told how it ended");
-        }
+        let told = timeout(limits::TOLD, owed.tell(line, word)).await;
+        speech = told.ok().flatten().map_or(Speech::Over, Speech::Line);
         match end {
             End::Paid => info!("every page is here"),
             End::Filled(filled) => ended = Some(filled),

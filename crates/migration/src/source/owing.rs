@@ -13,7 +13,7 @@ use std::{
 
 use tokio::time::{Instant, sleep, timeout};
 use tracing::{info, warn};
-use transship_api::session::{Resume, RoundEnd, shim_message::Message};
+use transship_api::session::{Paid, Resume, RoundEnd, shim_message::Message};
 use transship_memory::{Dirty, Memory};
 use transship_types::{PageSet, Space};
 
@@ -96,7 +96,12 @@ impl Debt {
                 },
             };
             match self.session(session, owed, sent).await {
-                Ok(line) => break Ok(line),
+                Ok(line) => {
+                    // So that it need not wait for us any longer. It may be
+                    // gone already, which is all the same now.
+                    let _ = line.say(Message::Paid(Paid {})).await;
+                    break Ok(line);
+                }
                 Err(Broken::ForGood(error)) => break Err(error),
                 Err(Broken::Link(error)) => {
                     warn!(error = chain(&error), "the link broke while pages were owed");

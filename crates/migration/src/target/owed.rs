@@ -81,12 +81,23 @@ impl Owed {
         }
     }
 
-    /// Once it is over: the source is told if it comes back soon. If it does
-    /// not, its agent asks.
-    pub async fn last_line(&self, line: Option<Line>) -> Option<Line> {
-        match line {
-            Some(line) => Some(line),
-            None => timeout(limits::OWED, self.reconnected()).await.ok().map(|(line, _)| line),
+    /// Once it is over: tells the source, which may have to come back for it,
+    /// until it has heard. If it does not hear, its agent asks.
+    pub async fn tell(&self, line: Option<Line>, word: Option<Message>) -> Option<Line> {
+        let word = word?;
+        let mut line = line;
+        loop {
+            let mut to = match line.take() {
+                Some(line) => line,
+                None => self.reconnected().await.0,
+            };
+            match heard(&mut to, word.clone()).await {
+                Ok(()) => return Some(to),
+                Err(error) => {
+                    warn!(error = chain(&error), "the source was not told how it ended");
+                    sleep(limits::AGAIN).await;
+                }
+            }
         }
     }
 
@@ -141,6 +152,23 @@ impl Owed {
             receiver.add(lane)?;
         }
         Ok((Line::asking(channel, self.debt.clone()), receiver))
+    }
+}
+
+/// Says it, and waits for the answer to what has one.
+async fn heard(line: &mut Line, word: Message) -> Result<(), MigrationError> {
+    let answered = matches!(word, Message::Paid(_));
+    line.say(word).await?;
+    if !answered {
+        return Ok(());
+    }
+    loop {
+        match line.hear().await? {
+            Message::Paid(_) => return Ok(()),
+            // Of a round that nobody waits for any more.
+            Message::RoundEnd(_) => {}
+            _ => return Err(MigrationError::malformed("no answer to the end of a debt")),
+        }
     }
 }
 
