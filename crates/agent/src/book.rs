@@ -343,7 +343,7 @@ impl Book {
 
     /// Whether the container of this arrival still lacks pages.
     pub fn owes(&self, record: &Record) -> bool {
-        record.role == Role::Target && owes(&record.journal(&self.journals))
+        record.role == Role::Target && journal::owed(&record.journal(&self.journals)).is_some()
     }
 
     /// Changes a record in memory and on disk; returns once it is on disk.
@@ -379,7 +379,7 @@ impl Book {
             write(&dir, &record)?;
             // Nobody will ask the shim's journal again, and the shim may not
             // have lived to remove it.
-            if record.has_ended() && !owes(&journal) {
+            if record.has_ended() && journal::owed(&journal).is_none() {
                 let _ = fs::remove_file(journal);
             }
             Ok::<_, io::Error>(())
@@ -395,13 +395,6 @@ impl Book {
         // Each change is one insertion or removal.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// A container runs here, says its shim's journal, and lacks pages that only
-/// its source has.
-pub fn owes(journal: &Path) -> bool {
-    let records = journal::read(journal).unwrap_or_default();
-    records.last().is_some_and(|record| record.state == journal::State::Owing)
 }
 
 /// A migration that runs. Dropping it makes the container free for another.

@@ -151,6 +151,13 @@ impl Journal {
     }
 }
 
+/// Whose pages are owed, if this is the journal of an arrival that lacks some.
+pub fn owed(path: &Path) -> Option<Subject> {
+    let last = read(path).ok()?.pop()?;
+    let owed = last.subject.role == Role::Target && last.state == State::Owing;
+    owed.then_some(last.subject)
+}
+
 /// Every record of a journal, oldest first.
 pub fn read(path: &Path) -> Result<Vec<Record>, MigrationError> {
     let damaged = |source| MigrationError::Journal { path: path.into(), source };

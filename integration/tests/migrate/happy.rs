@@ -6,7 +6,9 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use transship_integration::{agents::Site, events::Event, eventually, images::Image, until};
 
-use crate::world::{COUNTER, World, count, counts_on, refused_with, runs_on, with_agents};
+use crate::world::{
+    COUNTER, World, connections, count, counts_on, refused_with, runs_on, with_agents,
+};
 
 #[test]
 fn redis_goes_and_comes_back_with_its_connection() -> Result<()> {
@@ -38,7 +40,7 @@ fn there_and_back(world: &World, flags: &[&str]) -> Result<()> {
                       redis-writer 127.0.0.1:6379 500 & wait";
     world.start_of(a, Image::Redis, "redis", flags, &["sh", "-c", script])?;
     writes_beyond(a, 10)?;
-    let connection = connections(a)?;
+    let connection = connections(a, "redis")?;
     ensure!(connection.len() == 2, "both ends of one connection: {connection:?}");
 
     let there = a.migrate("redis")?;
@@ -47,13 +49,21 @@ fn there_and_back(world: &World, flags: &[&str]) -> Result<()> {
     ensure!(a.status("redis")? == "NONE" && b.status("redis")? == "RUNNING");
     ensure!(there["target_pid"] == b.task_pid("redis")?, "{there}");
     every_key(b)?;
-    ensure!(connections(b)? == connection, "{:?} is not {connection:?}", connections(b)?);
+    ensure!(
+        connections(b, "redis")? == connection,
+        "{:?} is not {connection:?}",
+        connections(b, "redis")?
+    );
 
     let back = b.migrate("redis")?;
     arrived(&back, "b", "a")?;
     ensure!(back["content_bytes"] == 0, "the image is there: {back}");
     every_key(a)?;
-    ensure!(connections(a)? == connection, "{:?} is not {connection:?}", connections(a)?);
+    ensure!(
+        connections(a, "redis")? == connection,
+        "{:?} is not {connection:?}",
+        connections(a, "redis")?
+    );
 
     world.remove(a, "redis")?;
     for site in [a, b] {
@@ -102,21 +112,6 @@ fn every_key(site: &Site) -> Result<()> {
     ensure!(found.split_whitespace().eq([&*last.to_string(), "1"]), "of {last}: {found}");
     writes_beyond(site, last)?;
     Ok(())
-}
-
-/// Established connections to Redis, by both addresses.
-fn connections(site: &Site) -> Result<Vec<String>> {
-    let pid = site.task_pid("redis")?;
-    let text = site.sh(&format!("cat /proc/{pid}/net/tcp"))?;
-    let mut found: Vec<_> = text
-        .lines()
-        .map(|line| line.split_whitespace().skip(1).take(3).collect::<Vec<_>>())
-        // 01: established (tcp_states.h). Those of redis-cli are gone.
-        .filter(|fields| fields.get(2) == Some(&"01"))
-        .map(|fields| fields.join(" "))
-        .collect();
-    found.sort();
-    Ok(found)
 }
 
 /// The parts of a process that a user would miss, and files of every kind.

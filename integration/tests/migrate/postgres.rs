@@ -5,7 +5,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use transship_integration::{agents::Site, images::Image, until};
 
-use crate::world::{World, read, with_agents};
+use crate::world::{World, connections, read, with_agents};
 
 const ID: &str = "postgres";
 
@@ -73,21 +73,6 @@ fn nothing_is_lost(site: &Site) -> Result<()> {
     writes_beyond(site, last).map(drop)
 }
 
-/// The ends of the writer's connection, inside the container.
-fn connection(site: &Site) -> Result<Vec<String>> {
-    let pid = site.task_pid(ID)?;
-    let text = site.sh(&format!("cat /proc/{pid}/net/tcp"))?;
-    let mut found: Vec<_> = text
-        .lines()
-        .map(|line| line.split_whitespace().skip(1).take(3).collect::<Vec<_>>())
-        // 01: established (tcp_states.h).
-        .filter(|fields| fields.get(2) == Some(&"01"))
-        .map(|fields| fields.join(" "))
-        .collect();
-    found.sort();
-    Ok(found)
-}
-
 fn start(world: &World, buffers: &str, rows: u32) -> Result<()> {
     let (buffers, rows) = (format!("BUFFERS={buffers}"), format!("ROWS={rows}"));
     let flags = ["--user", "70:70", "--env", &buffers, "--env", &rows];
@@ -101,11 +86,11 @@ fn bytes(report: &Value, name: &str) -> Result<u64> {
 
 /// Moves it, and answers the report.
 fn moved(from: &Site, to: &Site) -> Result<Value> {
-    let before = connection(from)?;
+    let before = connections(from, ID)?;
     ensure!(before.len() == 2, "both ends of one connection: {before:?}");
     let report = from.migrate_whatever_it_takes(ID)?;
     ensure!(report["memory"]["fallback"] == "", "{report:#}");
-    ensure!(connection(to)? == before, "{:?} is not {before:?}", connection(to)?);
+    ensure!(connections(to, ID)? == before, "{:?} is not {before:?}", connections(to, ID)?);
     nothing_is_lost(to)?;
     Ok(report)
 }

@@ -146,3 +146,18 @@ pub fn unchanged(site: &Site, before: &Inventory) -> Result<()> {
     let own = |one: &str| one.ends_with(" sleep") || one.ends_with(" mv");
     site.nothing_but(before, |one| own(one.trim_end_matches(" (2 times)")))
 }
+
+/// Established connections of a container, by both addresses.
+pub fn connections(site: &Site, id: &str) -> Result<Vec<String>> {
+    let pid = site.task_pid(id)?;
+    let text = site.sh(&format!("cat /proc/{pid}/net/tcp"))?;
+    let mut found: Vec<_> = text
+        .lines()
+        .map(|line| line.split_whitespace().skip(1).take(3).collect::<Vec<_>>())
+        // 01: established (tcp_states.h). Those of clients that ended are gone.
+        .filter(|fields| fields.get(2) == Some(&"01"))
+        .map(|fields| fields.join(" "))
+        .collect();
+    found.sort();
+    Ok(found)
+}

@@ -3,19 +3,14 @@
 //! Their source may come back under the ticket as often as the link breaks,
 //! and also after this agent was restarted: the shim's journal says so.
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+use std::{fs, path::PathBuf, sync::Arc, time::Duration};
 
 use tokio::time;
 use transship_link::arrivals::Registration;
-use transship_migration::journal::{self, Role, Subject};
+use transship_migration::journal::{self, Subject};
 use transship_types::MigrationId;
 
-use crate::{book, node::Node};
+use crate::node::Node;
 
 /// Between two looks at whether the last page has come.
 const LOOK: Duration = Duration::from_secs(1);
@@ -27,7 +22,7 @@ const LIFETIME: Duration = Duration::from_secs(120);
 /// Keeps the ticket of an arrival as long as pages are owed to it.
 pub fn keep(node: &Arc<Node>, migration: &MigrationId, registration: Option<Registration>) {
     let path = node.book.journals().join(format!("{migration}.target"));
-    let Some(subject) = owed(&path) else { return };
+    let Some(subject) = journal::owed(&path) else { return };
     watch(node, path, subject, registration);
 }
 
@@ -36,16 +31,10 @@ pub fn take_up(node: &Arc<Node>) {
     let Ok(entries) = fs::read_dir(node.book.journals()) else { return };
     for entry in entries.flatten() {
         let path = entry.path();
-        if let Some(subject) = owed(&path) {
+        if let Some(subject) = journal::owed(&path) {
             watch(node, path, subject, None);
         }
     }
-}
-
-fn owed(path: &Path) -> Option<Subject> {
-    let last = journal::read(path).ok()?.pop()?;
-    let owed = last.subject.role == Role::Target && last.state == journal::State::Owing;
-    owed.then_some(last.subject)
 }
 
 fn watch(node: &Arc<Node>, path: PathBuf, subject: Subject, registration: Option<Registration>) {
@@ -59,7 +48,7 @@ fn watch(node: &Arc<Node>, path: PathBuf, subject: Subject, registration: Option
     tracing::info!(%migration, "it runs here, and some of its pages are still to come");
     node.tasks.spawn(async move {
         let _ticket = registration;
-        while book::owes(&path) {
+        while journal::owed(&path).is_some() {
             tokio::select! {
                 () = time::sleep(LOOK) => {}
                 () = shutdown.cancelled() => return,

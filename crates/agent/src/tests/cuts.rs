@@ -68,17 +68,7 @@ async fn a_cut_after_the_commit_is_settled_by_the_targets_proof() {
 /// The source's agent ends in doubt; its next run takes the doubt up.
 #[tokio::test]
 async fn a_doubt_survives_a_restart_of_the_source() {
-    let mut world = World::new().await;
-    world.a.fake.hold("committed");
-    world.b.fake.hold("running");
-    let live = world.begin().await.unwrap();
-    world.b.fake.until("running").await;
-    world.a.fake.until("committed").await;
-    world.cable.reroute("127.0.0.1:1".into());
-    world.cable.cut();
-    world.a.fake.release("committed");
-    world.b.fake.release("running");
-    live.watch().wait_for(|v| v.in_doubt).await.unwrap();
+    let (mut world, live) = World::in_doubt().await;
     world.a.close().await;
     drop(live);
 

@@ -11,19 +11,9 @@ use crate::{
     resolve,
 };
 
-/// In doubt on `a`; `b` runs it, and cannot be reached.
+/// In doubt on `a`; `b` runs it, has written that down, and cannot be reached.
 async fn in_doubt() -> (World, std::sync::Arc<Live>) {
-    let world = World::new().await;
-    world.a.fake.hold("committed");
-    world.b.fake.hold("running");
-    let live = world.begin().await.unwrap();
-    world.b.fake.until("running").await;
-    world.a.fake.until("committed").await;
-    world.cable.reroute("127.0.0.1:1".into());
-    world.cable.cut();
-    world.a.fake.release("committed");
-    world.b.fake.release("running");
-    live.watch().wait_for(|v| v.in_doubt).await.unwrap();
+    let (world, live) = World::in_doubt().await;
     eventually("b has it", || world.at_target() == Some(Ending::Arrived)).await;
     (world, live)
 }

@@ -84,6 +84,23 @@ impl World {
         }
     }
 
+    /// One whose source was cut off after its commit, and `b` was told to run
+    /// it: in doubt on `a`, which cannot reach `b`.
+    pub async fn in_doubt() -> (Self, Arc<Live>) {
+        let world = Self::new().await;
+        world.a.fake.hold("committed");
+        world.b.fake.hold("running");
+        let live = world.begin().await.unwrap();
+        world.b.fake.until("running").await;
+        world.a.fake.until("committed").await;
+        world.cable.reroute("127.0.0.1:1".into());
+        world.cable.cut();
+        world.a.fake.release("committed");
+        world.b.fake.release("running");
+        live.watch().wait_for(|v| v.in_doubt).await.unwrap();
+        (world, live)
+    }
+
     pub async fn begin(&self) -> Result<Arc<Live>, Failure> {
         source::begin(&self.a.node, &self.request()).await
     }
